@@ -1,0 +1,96 @@
+"""Who knows the kernel: `Known` (non-blind), `HQS` (Fast EM, Algorithm 2), and the outer loop of Diffusion EM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastem import ops
+from fastem.guidance import Guidance, Variance, default_r2
+from fastem.mstep import KernelPrior, mstep, mstep_from_sums
+from fastem.operators import Observation
+from fastem.samplers import DDPM, Noise, Rule, Sample, sample
+from fastem.schedules import Schedule, Step
+
+
+@dataclass(frozen=True)
+class KernelState:
+    """The kernel in use `(B, 1, h, w)`, and the one to start the next M-step from."""
+
+    k: Tensor
+
+
+@dataclass(frozen=True)
+class Known:
+    """The kernel is given: non-blind restoration."""
+
+    k: Tensor
+
+    def start(self, observation: Observation) -> KernelState:
+        return KernelState(self.k.to(observation.y).expand(observation.y.shape[0], -1, -1, -1))
+
+    def update(self, state: KernelState, X: Tensor, observation: Observation, step: Step, r2: float) -> KernelState:
+        return state
+
+
+@dataclass(frozen=True)
+class HQS:
+    """The M-step of Fast EM at every step, warm-started from the last kernel, then recentred (Algorithm 2).
+
+    `r2_ridge` adds Appendix D's r_t^2 term. `compat="released"` as in `mstep`.
+    """
+
+    prior: KernelPrior
+    kernel_size: tuple[int, int]
+    beta: float = 1e5
+    num_iters: int = 10
+    compat: str = "paper"
+    r2_ridge: bool = False
+
+    def start(self, observation: Observation) -> KernelState:
+        return KernelState(delta_kernel(observation.y.shape[0], self.kernel_size).to(observation.y))
+
+    def update(self, state: KernelState, X: Tensor, observation: Observation, step: Step, r2: float) -> KernelState:
+        released = self.compat == "released"
+        sums = ops.spectral_sums(X, observation.Y, per_channel=released)
+        k = mstep_from_sums(
+            *sums, state.k, size=observation.size, count=X.shape[1] * (1 if released else X.shape[2]), particles=X.shape[1],
+            sigma=observation.sigma, prior=self.prior, beta=self.beta, num_iters=self.num_iters, compat=self.compat,
+            r2=r2 if self.r2_ridge else 0.0,
+        )  # fmt: skip
+        return KernelState(ops.recentre(k))
+
+
+def delta_kernel(batch: int, size: tuple[int, int]) -> Tensor:
+    """`(B, 1, h, w)`: no blur."""
+    k = torch.zeros(batch, 1, *size)
+    k[:, :, size[0] // 2, size[1] // 2] = 1
+    return k
+
+
+def diffusion_em(
+    model: nn.Module, observation: Observation, guidance: Guidance, schedule: Schedule, *, prior: KernelPrior,
+    kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = 10, beta: float = 1e5, num_iters: int = 10,
+    compat: str = "paper", rule: Rule = DDPM(), r2: Variance = default_r2,
+    on_round: Callable[[int, Sample, Tensor], None] | None = None,
+) -> Sample:  # fmt: skip
+    """Diffusion EM, Algorithm A.1: posterior samples with the current kernel, then one M-step on them, L times.
+
+    `noise(l)` is the noise of round l. As in the algorithm, the images returned were drawn with the kernel of the
+    round before and the kernel is that of the last M-step; unless `compat="released"`, one more sampling run with the
+    last kernel brings the two together. Known to stay at "no blur" on some images: it starts from a delta.
+    """
+    k = delta_kernel(observation.y.shape[0], kernel_size).to(observation.y)
+    for round_ in range(num_rounds):
+        drawn = sample(model, observation, Known(k), guidance, schedule, noise=noise(round_), rule=rule, r2=r2)
+        k = mstep(
+            observation.y, drawn.images, k, sigma=observation.sigma, prior=prior, beta=beta, num_iters=num_iters, compat=compat,
+        )  # fmt: skip
+        if on_round is not None:
+            on_round(round_, drawn, k)
+    if compat != "released":
+        drawn = sample(model, observation, Known(k), guidance, schedule, noise=noise(num_rounds), rule=rule, r2=r2)
+    return Sample(drawn.x, k)

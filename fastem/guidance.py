@@ -1,0 +1,106 @@
+"""Guidance: how the observation pulls the particles.
+
+Every guidance says what it wants in x0_hat space. `PiGDM` and `DPS` give a direction that the sampler takes back
+through the network (one vector-Jacobian product); `PosteriorMean` replaces x0_hat itself and needs no backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastem import ops
+from fastem.operators import Observation
+from fastem.schedules import Step
+
+Variance = Callable[[float], float]  # sigma_t -> r^2, the mean squared error of x0_hat; both in [-1, 1] units
+
+
+def default_r2(sigma_t: float) -> float:
+    """Mean squared error of x0_hat in [-1, 1] units for a prior that was not measured: x0 of std 0.5 in white noise."""
+    return sigma_t**2 / (1 + (sigma_t / 0.5) ** 2)
+
+
+def residual(X: Tensor, K: Tensor, observation: Observation) -> Tensor:
+    """`y - H x0_hat` `(B, n, C, H, W)`, from half spectra X `(B, n, C, H, W')` and K `(B, 1, H, W')`."""
+    return torch.fft.irfft2(observation.Y[:, None] - K[:, None] * X, s=observation.size)
+
+
+@dataclass(frozen=True)
+class PiGDM:
+    """Pseudo-inverse guidance, Eq. (17): `v = H^T (r^2 H H^T + sigma^2)^-1 (y - H x0_hat)`.
+
+    `compat="released"` weights it as the released program: r^2 = v / (1 + v) with v the posterior variance of the
+    respaced chain, gain `sqrt(abar) r^2 sqrt(1 / (1 + v))`, and no pull in the last step. `"paper"` takes r^2 from the
+    prior (its measured error) and the gain of Eq. (15), `beta / sqrt(alpha)`, on the score of y given x_t.
+    """
+
+    compat: str = "paper"
+    jacobian = True
+
+    def r2(self, step: Step, r2: Variance) -> float:
+        """r_t^2 in [0, 1] units."""
+        if self.compat == "released":
+            return step.posterior_variance / (1 + step.posterior_variance)
+        return r2(step.sigma_t) / 4
+
+    def gain(self, step: Step, r2: Variance) -> float:
+        """Weight of the pulled-back direction, a gradient with respect to x_t of `<v, x0_hat>` in [0, 1]."""
+        if self.compat == "released":
+            return math.sqrt(step.alpha_bar) * self.r2(step, r2) * math.sqrt(1 / (1 + step.posterior_variance)) * 0.5
+        return step.beta / math.sqrt(1 - step.beta) * 0.5  # Eq. (15): beta_t / sqrt(alpha_t) times the score
+
+    def direction(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
+        r2_t = torch.full_like(observation.sigma, self.r2(step, r2))
+        V = ops.wiener_guidance(X, observation.Y, K, observation.sigma**2, r2_t)  # Eq. (17)
+        return torch.fft.irfft2(V, s=observation.size)
+
+
+@dataclass(frozen=True)
+class DPS:
+    """Diffusion posterior sampling as its authors run it: the gradient of `||y - H x0_hat||`, not squared.
+
+    Eq. (16) divides by sigma^2 instead; the norm makes the step independent of the noise level, which is what works
+    in practice (Chung et al. 2023, section 3). The norm is per particle. `compat="released"` compares x0_hat in
+    [-1, 1] with y in the range it comes in, as the released program does.
+    """
+
+    compat: str = "paper"
+    jacobian = True
+
+    def gain(self, step: Step, r2: Variance) -> float:
+        return math.sqrt(step.alpha_bar)  # zeta
+
+    def direction(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
+        e = residual(X, K, observation)
+        v = torch.fft.irfft2(K.conj()[:, None] * torch.fft.rfft2(e), s=observation.size)
+        norm = e.square().sum(dim=(2, 3, 4), keepdim=True).sqrt()
+        return v / norm.clamp(min=torch.finfo(v.dtype).tiny)  # gradient of -||y - H x0_hat||
+
+
+@dataclass(frozen=True)
+class PosteriorMean:
+    """Jacobian-free guidance: x0_hat is replaced by the mean of x_0 given x_t and y under N(x0_hat, r^2 I).
+
+    `mu = x0_hat + r^2 H^T (r^2 H H^T + sigma^2)^-1 (y - H x0_hat)`: Eq. (17) with the network's Jacobian taken from
+    Tweedie's covariance, `d x0_hat / d x_t = sqrt(abar) / (1 - abar) Cov[x_0 | x_t]`. One forward pass per step.
+    """
+
+    jacobian = False
+
+    def r2(self, step: Step, r2: Variance) -> float:
+        """r_t^2 in [0, 1] units."""
+        return r2(step.sigma_t) / 4
+
+    def mean(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
+        """The spectrum of mu, like X."""
+        r2_t = torch.full_like(observation.sigma, self.r2(step, r2))
+        V = ops.wiener_guidance(X, observation.Y, K, observation.sigma**2, r2_t)  # Eq. (17)
+        return X + self.r2(step, r2) * V
+
+
+Guidance = PiGDM | DPS | PosteriorMean
