@@ -1,0 +1,207 @@
+"""Adapters: every network, whatever it was trained to predict, answers `eps = model(x_t, t)`.
+
+`x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise` is `(N, C, H, W)` with x_0 in [-1, 1]; t is a time step
+of the linear 1000-step schedule, `(N,)` or a number, fractions allowed; eps has the shape of x_t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastem.models.natural import NaturalPrior
+from fastem.models.unet import UNet, batch_times
+from fastem.schedules import Schedule
+
+
+@lru_cache(maxsize=16)
+def _log_snr_table(device: torch.device) -> Tensor:
+    alphas_cumprod = Schedule.linear().alphas_cumprod
+    with torch.inference_mode(False):  # the table outlives the mode of its first caller
+        return torch.tensor(np.log(alphas_cumprod / (1 - alphas_cumprod)), dtype=torch.float64, device=device)
+
+
+def log_snr(t: Tensor | float) -> Tensor:
+    """log(alpha_bar / (1 - alpha_bar)) at t, float64: linear between the 1000 steps, constant outside."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    table = _log_snr_table(t.device)
+    t = t.clamp(0, len(table) - 1)
+    i = t.detach().long().clamp(max=len(table) - 2)
+    return torch.lerp(table[i], table[i + 1], t - i)
+
+
+def alpha_bar(t: Tensor | float) -> Tensor:
+    """alpha_bar at time step t, float64, for fractional t too (see `log_snr`); differentiable."""
+    return log_snr(t).sigmoid()
+
+
+class EpsModel(nn.Module):
+    """What the samplers hold; see the module's docstring for x_t, t and eps.
+
+    Attributes:
+        channels: C of the images.
+        image_size: side of the training images where the network is tied to it (see `TiledEps`), else None.
+        sha256: of the weights file, None if there was none.
+    """
+
+    def __init__(self, channels: int, image_size: int | None = None, r2: Sequence[Sequence[float]] | None = None):
+        super().__init__()
+        self.channels, self.image_size, self.sha256 = channels, image_size, None
+        self.r2_table = None if r2 is None else np.asarray(r2, dtype=np.float64)
+        if self.r2_table is not None:
+            table = self.r2_table
+            good = table.ndim == 2 and table.shape[1] == 2 and len(table) > 0 and np.isfinite(table).all()
+            if not (good and (table > 0).all() and (np.diff(table[:, 0]) > 0).all()):
+                raise ValueError("r2 must be a list of [sigma, mean squared error], positive, sigma ascending")
+
+    def r2(self, sigma_t: float) -> float:
+        """Mean squared error of x0_hat per pixel, [-1, 1] units, at `sigma_t = sqrt((1 - alpha_bar) / alpha_bar)`.
+
+        Interpolated (log-log) in the table measured for these weights. Below it the error is a fixed part of the
+        noise, above it constant. Without a table, that of the best linear estimate of pixels with std 0.5.
+        """
+        if self.r2_table is None:
+            return sigma_t**2 / (1 + (sigma_t / 0.5) ** 2)
+        sigma, mse = self.r2_table.T
+        if sigma_t < sigma[0]:
+            return float(mse[0] * (sigma_t / sigma[0]) ** 2)
+        return float(np.exp(np.interp(math.log(sigma_t), np.log(sigma), np.log(mse))))
+
+
+class UNetEps(EpsModel):
+    """A guided-diffusion U-Net: variance channels dropped, any image size by mirrored borders."""
+
+    def __init__(self, net: UNet, r2: Sequence[Sequence[float]] | None = None) -> None:
+        config = net.config
+        if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+            raise ValueError(
+                f"a network of {config.in_channels} channels must put out as many, or twice as many with variances, "
+                f"got {config.out_channels}"
+            )
+        super().__init__(config.in_channels, config.image_size, r2)
+        self.net = net
+
+    def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
+        height, width = x_t.shape[-2:]
+        x = mirror_pad(x_t, height + -height % self.net.stride, width + -width % self.net.stride)
+        return self.net(x, t)[:, : self.channels, :height, :width]
+
+
+class DenoiserEps(EpsModel):
+    """A denoiser `D(x; sigma)` of images in [-1, 1], as in EDM (Karras et al. 2022)."""
+
+    def __init__(self, denoiser: NaturalPrior, r2: Sequence[Sequence[float]] | None = None) -> None:
+        super().__init__(denoiser.config.channels, r2=r2)
+        self.denoiser = denoiser
+
+    def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
+        ab = alpha_bar(batch_times(t, x_t))
+        a, s, sigma = (v.to(x_t.dtype).view(-1, 1, 1, 1) for v in (ab.sqrt(), (1 - ab).sqrt(), (1 / ab - 1).sqrt()))
+        x0_hat = self.denoiser(x_t / a, sigma.flatten())
+        return (x_t - a * x0_hat) / s
+
+
+class TiledEps(EpsModel):
+    """Any image size for a network tied to one: overlapping tiles, blended by smooth weights that sum to 1.
+
+    Smaller images are mirrored up to the tile. At most `batch` tiles are in memory at a time, also during the
+    gradient with respect to x_t, which evaluates the network a second time (there is none with respect to
+    weights). Images are tiled one by one, so eps does not depend on the other rows.
+    """
+
+    def __init__(self, model: EpsModel, tile: int = 256, overlap: int = 64, batch: int = 4) -> None:
+        if not 0 <= overlap < tile or batch < 1:
+            raise ValueError(f"0 <= overlap < tile and batch >= 1 are needed, got {overlap}, {tile} and {batch}")
+        super().__init__(model.channels)
+        self.model, self.tile, self.overlap, self.batch = model, tile, overlap, batch
+        self.sha256 = model.sha256
+
+    def r2(self, sigma_t: float) -> float:
+        return self.model.r2(sigma_t)
+
+    def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
+        height, width = x_t.shape[-2:]
+        x, t = mirror_pad(x_t, max(height, self.tile), max(width, self.tile)), batch_times(t, x_t)
+        if x.shape[-2:] == (self.tile, self.tile):
+            eps = self.model(x, t)
+        else:
+            eps = torch.cat([_Tiled.apply(row[None], time[None], self) for row, time in zip(x, t, strict=True)])
+        return eps[..., :height, :width]
+
+    def windows(self, length: int) -> list[tuple[int, Tensor]]:
+        """Start and float64 weights `(tile,)` of the tiles that cover `length` pixels; the weights sum to 1."""
+        count = math.ceil((length - self.overlap) / (self.tile - self.overlap)) if length > self.tile else 1
+        starts = [round(i * (length - self.tile) / max(count - 1, 1)) for i in range(count)]
+        weights = torch.zeros(count, length, dtype=torch.float64)
+        for i, start in enumerate(starts):
+            window = torch.ones(self.tile, dtype=torch.float64)
+            if i > 0:
+                window *= self._ramp(starts[i - 1] + self.tile - start)
+            if i < count - 1:
+                window *= self._ramp(start + self.tile - starts[i + 1]).flip(0)
+            weights[i, start : start + self.tile] = window
+        weights /= weights.sum(0)
+        return [(start, w[start : start + self.tile]) for start, w in zip(starts, weights, strict=True)]
+
+    def _ramp(self, shared: int) -> Tensor:
+        """0 to 1 by a raised cosine of `overlap` pixels amid the `shared` ones, 1 on the rest of the tile."""
+        position = torch.arange(self.tile, dtype=torch.float64) + 0.5 - (shared - self.overlap) / 2
+        return torch.sin(math.pi / 2 * (position / max(self.overlap, 1)).clamp(0, 1)) ** 2
+
+    def tiles(self, x: Tensor) -> list[list[tuple[slice, slice, Tensor]]]:
+        """Micro-batches of equal length (the last is padded by weight 0): rows, columns and weights of each tile."""
+        down, across = self.windows(x.shape[-2]), self.windows(x.shape[-1])
+        cut = [
+            (slice(i, i + self.tile), slice(j, j + self.tile), torch.outer(w_i, w_j).to(x.device, x.dtype))
+            for i, w_i in down
+            for j, w_j in across
+        ]
+        count = math.ceil(len(cut) / self.batch)
+        size = math.ceil(len(cut) / count)
+        rows, columns, weight = cut[-1]
+        cut += [(rows, columns, torch.zeros_like(weight))] * (count * size - len(cut))
+        return [cut[i : i + size] for i in range(0, len(cut), size)]
+
+
+class _Tiled(torch.autograd.Function):
+    """Tiles of one image through the network, and the gradient tile by tile: neither keeps more than a micro-batch."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, t: Tensor, tiled: TiledEps) -> Tensor:
+        ctx.save_for_backward(x, t)
+        ctx.tiled = tiled
+        eps = torch.zeros_like(x)
+        for batch in tiled.tiles(x):
+            eps_tiles = tiled.model(torch.cat([x[..., i, j] for i, j, _ in batch]), t.expand(len(batch)))
+            for (i, j, weight), eps_tile in zip(batch, eps_tiles, strict=True):
+                eps[0, :, i, j] += weight * eps_tile
+        return eps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_eps: Tensor) -> tuple[Tensor, None, None]:
+        x, t = ctx.saved_tensors
+        grad_x = torch.zeros_like(x)
+        for batch in ctx.tiled.tiles(x):
+            x_tiles = torch.cat([x[..., i, j] for i, j, _ in batch]).requires_grad_()
+            cotangent = torch.cat([weight * grad_eps[..., i, j] for i, j, weight in batch])
+            with torch.enable_grad():
+                eps_tiles = ctx.tiled.model(x_tiles, t.expand(len(batch)))
+            (grad_tiles,) = torch.autograd.grad(eps_tiles, x_tiles, cotangent)
+            for (i, j, _), grad_tile in zip(batch, grad_tiles, strict=True):
+                grad_x[0, :, i, j] += grad_tile
+        return grad_x, None, None
+
+
+def mirror_pad(x: Tensor, height: int, width: int) -> Tensor:
+    """Mirrors the bottom and right borders (edge pixels repeated) until `x` measures `height` x `width`."""
+    for dim, size in ((-2, height), (-1, width)):
+        while (missing := size - x.shape[dim]) > 0:
+            strip = min(missing, x.shape[dim])
+            x = torch.cat([x, x.narrow(dim, x.shape[dim] - strip, strip).flip(dim)], dim)
+    return x
