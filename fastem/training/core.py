@@ -1,4 +1,4 @@
-"""Training of the bundled priors: `fastem train image-prior` and `fastem train kernel-denoiser`.
+"""The optimisation run that every training shares: step, average, checkpoint, resume.
 
 The learning rate follows warm-up, constant, cool-down: a run may stop at any time, be resumed with
 more minutes, and is brought to rest by a linear decay over the last `cooldown` minutes.
@@ -6,19 +6,16 @@ more minutes, and is brought to rest by a linear decay over the last `cooldown` 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastem import io
-from fastem.models.natural import NaturalConfig, NaturalPrior
 
 NUM_BANDS = 12  # noise bands, equal in ln(sigma), in which the loss is tracked and balanced
 
@@ -37,73 +34,19 @@ class TrainConfig:
     grad_clip: float = 1.0
     seed: int = 0
     checkpoint_minutes: float = 5.0
-
-
-class ImagePool:
-    """uint8 RGB images of different sizes in one flat tensor, cropped at random on its device."""
-
-    def __init__(self, images: list[np.ndarray], patch: int, device: str | torch.device = "cpu") -> None:
-        images = [image for image in images if min(image.shape[:2]) >= patch]
-        if not images:
-            raise ValueError(f"no training image is at least {patch} pixels on its short side; give larger images or --patch")
-        sizes = torch.tensor([image.shape[:2] for image in images])
-        pixels = sizes.prod(dim=1)
-        self.patch = patch
-        self.heights, self.widths = sizes[:, 0].to(device), sizes[:, 1].to(device)
-        self.offsets = torch.cat([torch.zeros(1, dtype=torch.long), pixels.cumsum(0)[:-1]]).to(device)
-        self.flat = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in images])).to(device)
-        self.weights = pixels.double().to(device)  # every pixel is equally likely
-
-    def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """`(count, 3, patch, patch)` float32 in [-1, 1]: random crops, flipped, rotated, recoloured."""
-        device = self.flat.device
-
-        def uniform() -> Tensor:
-            return torch.rand(count, generator=generator, device=device)
-
-        which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        top = (uniform() * (self.heights[which] - self.patch + 1)).long()
-        left = (uniform() * (self.widths[which] - self.patch + 1)).long()
-        span = torch.arange(self.patch, device=device)
-        rows, cols = (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]
-        index = self.offsets[which][:, None, None] + rows * self.widths[which][:, None, None] + cols
-        crops = self.flat[index].permute(0, 3, 1, 2).float() / 127.5 - 1
-
-        flip, turn, transpose = (uniform() < 0.5 for _ in range(3))
-        crops = torch.where(flip[:, None, None, None], crops.flip(-1), crops)
-        crops = torch.where(turn[:, None, None, None], crops.flip(-2), crops)
-        crops = torch.where(transpose[:, None, None, None], crops.transpose(-1, -2), crops)
-        gray = (uniform() < 0.05)[:, None, None, None]
-        crops = torch.where(gray, crops.mean(dim=1, keepdim=True).expand_as(crops), crops)
-        gain = (0.8 + 0.4 * uniform())[:, None, None, None]
-        return ((crops + 1) * gain - 1).clamp(-1, 1)
-
-
-def multi_scale(images: list[np.ndarray], scales: tuple[float, ...] = (1.0, 0.75, 0.5)) -> list[np.ndarray]:
-    """Each image at each scale (antialiased): smaller copies are sharper and free of compression artefacts."""
-    return [image if scale == 1 else io.resize(image, scale) for image in images for scale in scales]
-
-
-def sample_sigma(count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
-    """Noise levels in [-1, 1] units: mostly those at which deconvolution happens, the rest wide."""
-    narrow = torch.randn(count, generator=generator, device=device) * 1.1 - 1.6
-    low, high = math.log(0.005), math.log(160.0)
-    wide = low + (high - low) * torch.rand(count, generator=generator, device=device)
-    pick = torch.rand(count, generator=generator, device=device) < 0.75
-    return torch.where(pick, narrow, wide).clamp(low, high).exp()
+    max_steps: int | None = None  # of all calls together; None leaves the minutes in charge
 
 
 class BandBalance:
     """Divides the loss of each noise band by its running mean, so that every band gains equal decibels."""
 
-    LOW, HIGH = math.log(0.005), math.log(160.0)
-
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, lowest: float = 0.005, highest: float = 160.0) -> None:
+        self.low, self.high = math.log(lowest), math.log(highest)
         self.mean = torch.ones(NUM_BANDS, device=device)
 
     def __call__(self, loss: Tensor, sigma: Tensor) -> Tensor:
         """loss, sigma `(N,)` -> the balanced mean loss, a scalar."""
-        band = ((sigma.log() - self.LOW) / (self.HIGH - self.LOW) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
+        band = ((sigma.log() - self.low) / (self.high - self.low) * NUM_BANDS).long().clamp(0, NUM_BANDS - 1)
         with torch.no_grad():
             count = torch.zeros_like(self.mean).index_add_(0, band, torch.ones_like(loss))
             total = torch.zeros_like(self.mean).index_add_(0, band, loss.detach())
@@ -131,14 +74,25 @@ class Ema:
 
 
 class Trainer:
-    """One optimisation run: step, average, checkpoint, resume. What is learned is `loss_of(model, generator)`."""
+    """One optimisation run: step, average, checkpoint, resume.
 
-    def __init__(self, model: nn.Module, config: TrainConfig, state_file: Path, device: str = "cpu") -> None:
+    What is learned is the `loss_of(model, generator, balance)` given to `run`; it draws all that is random from the
+    generator, so that a resumed run continues as if it had never stopped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        state_file: Path,
+        device: str = "cpu",
+        balance: BandBalance | None = None,
+    ) -> None:
         self.model, self.config, self.state_file, self.device = model.to(device), config, state_file, device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0)
         self.ema = Ema(self.model, config.ema_halflife)
         self.generator = torch.Generator(device).manual_seed(config.seed)
-        self.balance = BandBalance(device)
+        self.balance = balance or BandBalance(device)
         self.step = 0
         self.seconds = 0.0  # spent in all calls
         if state_file.exists():
@@ -150,7 +104,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.params = [p.to(self.device) for p in state["ema"]]
         self.generator.set_state(state["rng"].cpu())
-        self.balance.mean = state["bands"]
+        self.balance.mean = state["bands"].to(self.device)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
@@ -208,38 +162,3 @@ class Trainer:
                 self.save()
                 saved = now
         self.save()
-
-
-def train_image_prior(
-    data: list[Path],
-    out: Path,
-    config: TrainConfig = TrainConfig(),
-    network: NaturalConfig = NaturalConfig(),
-    device: str = "cpu",
-    report: Callable[[dict], None] = lambda record: None,
-) -> NaturalPrior:
-    """Trains (or resumes) a natural-image prior on folders of images or tar shards.
-
-    Writes `out/training.pt` (resume state) and returns the model with averaged weights.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    model = NaturalPrior(network).to(memory_format=torch.channels_last)
-    trainer = Trainer(model, config, out / "training.pt", device)
-    pool = ImagePool(multi_scale(list(io.iter_training_images(data))), config.patch, device)
-
-    def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
-        clean = pool.sample(config.batch_size, generator)
-        sigma = sample_sigma(config.batch_size, generator, device)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
-        error = (model(noisy, sigma) - clean).square().mean(dim=(1, 2, 3))
-        c_out2 = (sigma * network.sigma_data) ** 2 / (sigma**2 + network.sigma_data**2)
-        return balance(error / c_out2, sigma)
-
-    for record in trainer.run(loss_of):
-        report(record)
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
-    trainer.ema.copy_to(model)
-    return model.eval()

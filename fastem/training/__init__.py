@@ -1,0 +1,18 @@
+"""Training of the bundled priors."""
+
+from fastem.training.core import BandBalance, Ema, TrainConfig, Trainer
+from fastem.training.image_prior import ImagePool, multi_scale, sample_sigma, train_image_prior
+from fastem.training.kernel_denoiser import KernelPool, train_kernel_denoiser
+
+__all__ = [
+    "BandBalance",
+    "Ema",
+    "ImagePool",
+    "KernelPool",
+    "TrainConfig",
+    "Trainer",
+    "multi_scale",
+    "sample_sigma",
+    "train_image_prior",
+    "train_kernel_denoiser",
+]

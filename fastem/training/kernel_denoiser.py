@@ -1,0 +1,170 @@
+"""Training of the kernel denoiser: `fastem train kernel-denoiser`.
+
+The network sees synthetic kernels under white noise, under the coloured noise of least-squares estimates, and under
+the errors of whole M-steps made with wrong images; some with their negative values cut off, as the M-step loop does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastem.models.kernel_denoiser import KernelDenoiser, KernelDenoiserConfig, save_kernel_denoiser
+from fastem.ops import reference as spec
+from fastem.synth import motion_kernel
+from fastem.training.core import BandBalance, TrainConfig, Trainer
+
+LOWEST, HIGHEST = 3e-5, 3e-2  # noise std in training; 3.16e-3 and 1.4e-3 are those of the published M-steps
+FIRST_SEED = 2**32  # of the training kernels: smaller seeds are never trained on
+FAMILIES = {"shake": 0.6, "boracchi": 0.1, "gp": 0.15, "line": 0.05, "gaussian": 0.05, "defocus": 0.03, "delta": 0.02}
+SIZES = {17: 0.06, 25: 0.1, 33: 0.6, 41: 0.08, 49: 0.08, 65: 0.08}
+
+DEFAULTS = TrainConfig(minutes=12.0, cooldown=5.0, batch_size=32, patch=33, lr=2e-3, warmup=200, ema_halflife=500.0)
+
+
+class KernelPool:
+    """Kernels of several sizes, drawn at random, mirrored and turned."""
+
+    def __init__(self, count: int, device: str | torch.device = "cpu") -> None:
+        names, shares = list(FAMILIES), np.array(list(FAMILIES.values()))
+        self.sizes, self.shares = list(SIZES), torch.tensor(list(SIZES.values()), dtype=torch.float64)
+        rng = np.random.Generator(np.random.PCG64(FIRST_SEED))
+        self.kernels: dict[int, Tensor] = {}
+        seed = FIRST_SEED
+        for size, share in SIZES.items():
+            wanted = max(1, round(count * share))
+            families = rng.choice(names, size=wanted, p=shares / shares.sum())
+            made = [motion_kernel(size, seed + i, str(family)) for i, family in enumerate(families)]
+            self.kernels[size] = torch.from_numpy(np.stack(made)).to(device)
+            seed += wanted
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """`(m, 1, size, size)` of one random size, with m such that the pixels amount to `count` kernels of 33."""
+        size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
+        kernels = self.kernels[size]
+        m = max(1, round(count * (33 / size) ** 2))
+        which = torch.randint(len(kernels), (m,), generator=generator, device=kernels.device)
+        k = kernels[which][:, None]
+        flip, turn, transpose = (
+            torch.rand(m, 1, 1, 1, generator=generator, device=kernels.device) < 0.5 for _ in range(3)
+        )
+        k = torch.where(flip, k.flip(-1), k)
+        k = torch.where(turn, k.flip(-2), k)
+        return torch.where(transpose, k.transpose(-1, -2), k)
+
+
+def sample_noise_std(count: int, generator: torch.Generator) -> Tensor:
+    """`(count,)`: log-uniform, mostly where M-steps are, some down to where the network must be the identity."""
+
+    def log_uniform(low: float, high: float) -> Tensor:
+        u = torch.rand(count, generator=generator, device=generator.device)
+        return torch.exp(math.log(low) + math.log(high / low) * u)
+
+    pick = torch.rand(count, generator=generator, device=generator.device)
+    centre, wide = log_uniform(1e-3, 1e-2), log_uniform(LOWEST, HIGHEST)
+    return torch.where(pick < 0.5, centre, wide)
+
+
+def perturb(k: Tensor, noise_std: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noisy kernels `(B, 1, h, w)` and the actual std of their error `(B,)`.
+
+    Half the errors are white, a quarter is the noise of a least-squares estimate, a quarter the whole error of an M-step.
+    A third of the kernels loses its negative values.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(len(k), *shape, generator=generator, device=k.device)
+
+    white = torch.randn(k.shape, generator=generator, device=k.device)
+    noise, error = estimation_errors(k, generator)
+    pick = uniform(1, 1, 1)
+    e = torch.where(pick < 0.5, white, torch.where(pick < 0.75, _unit_rms(noise), _unit_rms(error)))
+    noisy = k + noise_std.view(-1, 1, 1, 1) * e
+    noisy = torch.where(uniform(1, 1, 1) < 1 / 3, noisy.clamp(min=0), noisy)
+    return noisy, (noisy - k).square().mean(dim=(1, 2, 3)).sqrt()
+
+
+def estimation_errors(k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Errors of Eq. (24) on random images twice the size of the kernel, up to scale: its noise alone, and all of it.
+
+    The images have spectra `1 / f^p` with Rayleigh amplitudes; the estimate x0_hat has lost detail beyond a random
+    frequency and gained some of its own.
+    """
+    count, _, h, w = k.shape
+    size = (2 * h, 2 * w)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator, device=k.device)
+
+    def spectrum() -> Tensor:
+        return torch.fft.rfft2(torch.randn(count, 1, *size, generator=generator, device=k.device))
+
+    f = torch.hypot(
+        torch.fft.fftfreq(size[0], device=k.device)[:, None], torch.fft.rfftfreq(size[1], device=k.device)
+    ).clamp(min=0.5 / max(size))  # fmt: skip
+    amplitude = f ** -uniform(0.8, 1.4)
+    X = spectrum() * amplitude
+    weight = torch.exp(uniform(math.log(0.02), math.log(1.0))) ** (-2 * uniform(0.8, 1.4))  # n beta sigma^2
+    N = spectrum() * weight.sqrt()
+    noise = spec.crop_support(torch.fft.irfft2(X.conj() * N / (X.abs() ** 2 + weight), s=size), h, w)
+
+    seen = 1 / (1 + (f / uniform(0.1, 0.7)) ** 4)  # share of the detail that x0_hat has
+    X_hat = seen * X + 0.3 * uniform(0, 1) * (1 - seen) * spectrum() * amplitude
+    K = spec.psf_to_otf(k, size)
+    start = spec.psf_to_otf(nn.functional.avg_pool2d(k, 3, stride=1, padding=1), size)  # a blurred kernel to start from
+    Z = (X_hat.conj() * (K * X + uniform(0, 1) * N) + weight * start) / (X_hat.abs() ** 2 + weight)  # Eq. (24)
+    return noise, spec.crop_support(torch.fft.irfft2(Z, s=size), h, w) - k
+
+
+def _unit_rms(e: Tensor) -> Tensor:
+    return e / e.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def train_kernel_denoiser(
+    out: Path,
+    config: TrainConfig = DEFAULTS,
+    network: KernelDenoiserConfig = KernelDenoiserConfig(),
+    device: str = "cpu",
+    num_kernels: int = 20_000,
+    report: Callable[[dict], None] = lambda record: None,
+) -> KernelDenoiser:
+    """Trains (or resumes) a kernel denoiser on synthetic kernels; `config.patch` is not used.
+
+    Writes `out/training.pt` (resume state), `out/log.jsonl` and `out/kernel.safetensors`, and returns the model with
+    averaged weights.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    model = KernelDenoiser(network).to(memory_format=torch.channels_last)
+    trainer = Trainer(model, config, out / "training.pt", device, balance=BandBalance(device, LOWEST, HIGHEST))
+    pool = KernelPool(num_kernels, device)
+
+    def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
+        clean = pool.sample(config.batch_size, generator)
+        noisy, noise_std = perturb(clean, sample_noise_std(len(clean), generator), generator)
+        error = (model(noisy, noise_std) - clean).square().mean(dim=(1, 2, 3))
+        return balance(error / noise_std**2, noise_std)
+
+    for record in trainer.run(loss_of):
+        report(record)
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(record) + "\n")
+    trainer.ema.copy_to(model)
+    save_kernel_denoiser(model, out / "kernel.safetensors")
+    return model.eval()
+
+
+@torch.no_grad()
+def denoising_gain(model: nn.Module, kernels: Tensor, noise_std: float, seed: int = 0) -> Tensor:
+    """`(B,)`: PSNR gain in dB over the noisy kernels `(B, 1, h, w)` at white noise of this std."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = noise_std * torch.randn(kernels.shape, generator=generator)
+    error = (model(kernels + noise, noise_std) - kernels).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(noise.square().mean(dim=(1, 2, 3)) / error)
