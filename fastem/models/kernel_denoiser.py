@@ -7,19 +7,16 @@ that the M-step loop can run them fused (`ops.hqs_chain`). `KernelDenoiser` has 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "fastem-kernel-1"
-BUNDLED = {"kernel": "kernel.safetensors"}
+from fastem.models.checkpoints import CheckpointError, check_tensors, load_strict, read_named, save_safetensors
+
+FORMAT = "fastem-kernel-1"  # value of "format" in the metadata
 
 Chain = tuple[list[Tensor], list[Tensor | None], float]  # weights, biases, scale of the input planes
 
@@ -102,53 +99,42 @@ class FDnCNN(ConvChain):
         super().__init__(width, num_layers, scale=1.0, bias=True)
 
 
-def load_kernel_denoiser(source: str | Path | Mapping[str, Tensor]) -> ConvChain:
-    """A kernel denoiser, ready to run (no gradients), on the CPU.
+def load_kernel_denoiser(source: str | Path | Mapping[str, Tensor], device: torch.device | str = "cpu") -> ConvChain:
+    """A kernel denoiser, frozen, in eval mode.
 
     Args:
-        source: `"kernel"`, the bundled one; a file: our `.safetensors`, or a published `.pth`; or a state dict with
-            the keys of `FDnCNN`, with or without biases.
+        source: `"kernel"`, the bundled one; a `.safetensors`, `.pt` or `.pth` file, ours or a published one; or a state
+            dict with the keys of `FDnCNN`, with biases or without.
 
     Raises:
-        FileNotFoundError: if there is no such file or bundled name.
-        ValueError: if the weights are not those of a kernel denoiser.
+        CheckpointError: no such file or name, or the weights are not those of a kernel denoiser.
     """
     if isinstance(source, Mapping):
-        return _from_state_dict(dict(source), {})
-    if str(source) in BUNDLED:
-        with resources.as_file(resources.files("fastem") / "weights" / BUNDLED[str(source)]) as path:
-            return _from_state_dict(*_read(path))
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"no kernel denoiser {str(source)!r}: give {', '.join(map(repr, BUNDLED))} or a weights file")
-    return _from_state_dict(*_read(Path(source)))
+        check_tensors(source, own_storage=False)
+        state_dict, config = source, None
+    else:
+        state_dict, metadata, _ = read_named(source, (FORMAT,))
+        config = metadata.get("config") if metadata.get("format") == FORMAT else None
+    return load_strict(_build(state_dict, config), state_dict).to(device)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    return torch.load(path, map_location="cpu", weights_only=True), {}
+def _build(state_dict: Mapping[str, Tensor], config: dict | None) -> ConvChain:
+    """The network that has these keys and shapes; `load_strict` compares them one by one."""
+    try:
+        if config is not None:
+            return KernelDenoiser(KernelDenoiserConfig(**config))
+        width = state_dict["model.0.weight"].shape[0]
+        num_layers = sum(name.endswith(".weight") for name in state_dict)
+        if "model.0.bias" in state_dict:
+            return FDnCNN(width, num_layers)
+        return KernelDenoiser(KernelDenoiserConfig(width, num_layers))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        first = next(iter(state_dict))
+        raise CheckpointError(
+            f"not a kernel denoiser: it has 3x3 convolutions model.0.weight, model.2.weight, ..., got {str(first)[:80]!r}, ..."
+        ) from error
 
 
-def _from_state_dict(state: dict[str, Tensor], metadata: dict) -> ConvChain:
-    config = json.loads(metadata["config"]) if metadata.get("format") == FORMAT else {}
-    model = _build(state, config)
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
-
-
-def _build(state: dict[str, Tensor], config: dict) -> ConvChain:
-    """The network whose keys and shapes these are."""
-    if config:
-        return KernelDenoiser(KernelDenoiserConfig(**config))
-    num_layers = sum(key.endswith(".weight") for key in state)
-    width = state["model.0.weight"].shape[0]
-    if "model.0.bias" in state:
-        return FDnCNN(width, num_layers)
-    return KernelDenoiser(KernelDenoiserConfig(width, num_layers))
-
-
-def save_kernel_denoiser(model: KernelDenoiser, path: str | Path) -> None:
-    """Writes the weights, with what it takes to rebuild the network, as safetensors."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, path, metadata={"format": FORMAT, "config": json.dumps(model.config.to_dict())})
+def save_kernel_denoiser(path: str | Path, model: KernelDenoiser, card: dict | str) -> None:
+    """Writes the weights for `load_kernel_denoiser`; `card` says data, licence, recipe and measured quality."""
+    save_safetensors(path, model.state_dict(), format=FORMAT, config=model.config.to_dict(), card=card)
