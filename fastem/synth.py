@@ -260,6 +260,17 @@ def _finish(k: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- degradation
 
 
+def pad_kernel(kernel: np.ndarray, size: int) -> np.ndarray:
+    """A kernel `(h, w)` in the middle of a `(size, size)` one: the origins `(h // 2, w // 2)` coincide."""
+    h, w = kernel.shape
+    if max(h, w) > size:
+        raise ValueError(f"a kernel of {(h, w)} does not fit into {size} x {size}")
+    padded = np.zeros((size, size), kernel.dtype)
+    top, left = size // 2 - h // 2, size // 2 - w // 2
+    padded[top : top + h, left : left + w] = kernel
+    return padded
+
+
 def degrade(
     image: np.ndarray | Tensor, kernel: np.ndarray | Tensor, sigma: float, seed: int, boundary: str = "circular"
 ) -> np.ndarray | Tensor:
