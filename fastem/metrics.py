@@ -239,14 +239,12 @@ def _tensor(x: Array, what: str) -> Tensor:
     """float64 on the device it was on; integers by their maximum."""
     if not isinstance(x, (np.ndarray, Tensor)):
         raise TypeError(f"{what} is an ndarray or a tensor, got {type(x).__name__}; use numpy.asarray")
-    if isinstance(x, np.ndarray) and x.dtype in (np.uint8, np.uint16):
-        x = x / float(np.iinfo(x.dtype).max)
-    elif isinstance(x, Tensor) and x.dtype == torch.uint8:
-        x = x.double() / 255
-    x = torch.as_tensor(x).detach()
+    largest = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, torch.uint8: 255, torch.uint16: 65535}.get(x.dtype, 1)
+    if isinstance(x, np.ndarray):
+        x = torch.from_numpy(np.array(x, np.float64))  # a copy: any stride, byte order or read-only memory will do
     if x.numel() == 0:
         raise ValueError(f"{what} is empty: {tuple(x.shape)}")
-    return x.double()
+    return x.detach().double() / largest
 
 
 def _image_pair(a: Array, b: Array) -> tuple[Tensor, Tensor]:

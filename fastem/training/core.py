@@ -95,6 +95,7 @@ class Trainer:
         self.balance = balance or BandBalance(device)
         self.step = 0
         self.seconds = 0.0  # spent in all calls
+        self.stopping = False
         if state_file.exists():
             self._resume()
 
@@ -121,13 +122,24 @@ class Trainer:
         with io.atomic_write(self.state_file) as file:
             torch.save(state, file)
 
+    def stop(self) -> None:
+        """Lets `run` end after the step in progress and save; safe to call from a signal handler."""
+        self.stopping = True
+
     def run(self, loss_of: Callable[[nn.Module, torch.Generator, BandBalance], Tensor]) -> Iterator[dict]:
-        """Trains for `config.minutes`; yields a progress record about every 10 seconds."""
+        """Trains for `config.minutes`, or until `stop`; yields a progress record about every 10 seconds.
+
+        The state is saved every `checkpoint_minutes`, at the end, and when the caller gives up the iteration.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the state file still holds the last good state.
+        """
         config, start, base = self.config, time.monotonic(), self.seconds
         told = saved = start
         loss_sum, steps_told = 0.0, self.step
+        self.stopping = False
         self.model.train()
-        while True:
+        while not self.stopping and (config.max_steps is None or self.step < config.max_steps):
             now = time.monotonic()
             left = config.minutes - (now - start) / 60
             if left <= 0:
@@ -138,25 +150,34 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.lr * rate
             loss = loss_of(self.model, self.generator, self.balance)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss is {value} at step {self.step}; resume from {self.state_file} with a smaller learning rate"
+                )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             self.optimizer.step()
             self.step += 1
             self.ema.update(self.model, self.step)
-            loss_sum += loss.item()
+            loss_sum += value
             now = time.monotonic()
             self.seconds = base + now - start
             if now - told > 10:
                 done = self.step - steps_told
-                yield {
-                    "step": self.step,
-                    "minutes": round((now - start) / 60, 2),
-                    "lr": config.lr * rate,
-                    "loss": loss_sum / done,
-                    "samples_per_s": done * config.batch_size / (now - told),
-                    "bands": [round(v, 4) for v in self.balance.mean.tolist()],
-                }
+                try:
+                    yield {
+                        "step": self.step,
+                        "minutes": round((now - start) / 60, 2),
+                        "lr": config.lr * rate,
+                        "loss": loss_sum / done,
+                        "samples_per_s": done * config.batch_size / (now - told),
+                        "bands": [round(v, 4) for v in self.balance.mean.tolist()],
+                    }
+                except GeneratorExit:
+                    self.save()
+                    raise
                 told, loss_sum, steps_told = now, 0.0, self.step
             if now - saved > 60 * config.checkpoint_minutes:
                 self.save()
