@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastem.io import atomic_write
@@ -84,7 +84,7 @@ def read_checkpoint(path: str | Path, *, max_bytes: int = MAX_BYTES, trust_on_fi
             else:
                 state_dict, metadata = _read_torch(file, size), {}
         check_tensors(state_dict)
-        if str(metadata.get("format", "")).startswith("fastem-"):
+        if _is_ours(metadata):
             metadata = _check_content(state_dict, metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{_quoted(path)}: {error}") from error
@@ -126,8 +126,8 @@ def _read_torch(file: BinaryIO, size: int) -> dict[str, Tensor]:
 def _check_pickle(data: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(data):
         refused = argument if opcode.name == "GLOBAL" and argument not in PICKLE_GLOBALS else None
-        if opcode.name in OTHER_CALLS:
-            refused = opcode.name
+        if opcode.name in OTHER_CALLS or (opcode.name == "PROTO" and argument != 2):  # torch.save writes protocol 2
+            refused = f"{opcode.name} {argument or ''}".strip()
         if refused:
             raise CheckpointError(
                 f"its pickle wants {_quoted(refused)}, which a state dict of float tensors does not need; nothing was "
@@ -203,6 +203,10 @@ def content_sha256(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]
     return digest.hexdigest()
 
 
+def _is_ours(metadata: Mapping[str, str]) -> bool:
+    return metadata.get("format", "").startswith("fastem-")  # others write "pt" there, or nothing
+
+
 def _check_content(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict:
     rest = {name: value for name, value in metadata.items() if name != PIN}
     if content_sha256(state_dict, rest) != metadata.get(PIN):
@@ -227,7 +231,15 @@ def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], *, form
     metadata = {"format": format} | {name: json.dumps(value) for name, value in {"config": config, **extra}.items()}
     metadata[PIN] = content_sha256(tensors, metadata)
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(tensors, metadata))
+        file.write(_in_order(safetensors.torch.save(tensors, metadata)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same safetensors file with its header sorted (the library orders metadata at random)."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def save_natural(
@@ -251,33 +263,54 @@ def save_natural(
 def load_strict(module: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """Copies `state_dict` into `module`, names and shapes equal to the last one; frozen, in eval mode.
 
-    A module on the meta device is given memory (on the CPU) only after the comparison.
-
     Raises:
         CheckpointError: listing the first 10 missing, unexpected and mis-shaped tensors, and near names.
     """
+    _check_fit(module, state_dict)
+    module.load_state_dict(state_dict)
+    return module.eval().requires_grad_(False)
+
+
+def _check_fit(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     wanted = module.state_dict()
     missing = [name for name in wanted if name not in state_dict]
     unexpected = [name for name in state_dict if name not in wanted]
-    mis_shaped = [
-        f"{_quoted(name)} {tuple(state_dict[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in state_dict and state_dict[name].shape != wanted[name].shape
-    ]
-    if missing or unexpected or mis_shaped:
-        near = [_quoted(name) + _hint(name, unexpected) for name in missing[:10]]
-        lists = {"missing": (missing, near), "unexpected": (unexpected, [_quoted(n) for n in unexpected[:10]])}
-        lists["mis-shaped"] = (mis_shaped, mis_shaped[:10])
-        table = "; ".join(
-            f"{len(names)} {kind}: {', '.join(shown)}{', ...' if len(names) > 10 else ''}"
-            for kind, (names, shown) in lists.items()
-            if names
-        )
-        raise CheckpointError(f"weights do not fit {type(module).__name__}: {table}; are they of another architecture?")
-    if any(parameter.is_meta for parameter in module.parameters()):
-        module.to_empty(device="cpu")
-    module.load_state_dict(state_dict)
-    return module.eval().requires_grad_(False)
+    mis_shaped = [name for name in wanted if name in state_dict and state_dict[name].shape != wanted[name].shape]
+
+    def listed(kind: str, names: list[str], tell) -> list[str]:
+        shown = ", ".join(_quoted(name) + tell(name) for name in names[:10])
+        return [f"{len(names)} {kind}: {shown}{', ...' if len(names) > 10 else ''}"] if names else []
+
+    def shapes(name: str) -> str:
+        return f" {tuple(state_dict[name].shape)} instead of {tuple(wanted[name].shape)}"
+
+    table = listed("missing", missing, lambda name: _hint(name, unexpected))
+    table += listed("unexpected", unexpected, lambda name: "")
+    table += listed("mis-shaped", mis_shaped, shapes)
+    if table:
+        kind = type(module).__name__
+        raise CheckpointError(f"weights do not fit {kind}: {'; '.join(table)}; are they of another architecture?")
+
+
+def _build(network: type[nn.Module], config: UNetConfig | NaturalConfig, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """The network with its weights; what a hostile configuration asks for is compared before memory is taken."""
+    name = network.__name__
+    for field, value in config.to_dict().items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not (isinstance(number, int | float) and 0 <= number < 1e6):
+                raise CheckpointError(f"not a {name}: {field} of its configuration is {_quoted(value)}")
+    if config.num_blocks * len(config.widths) > len(state_dict):
+        raise CheckpointError(f"not a {name}: its configuration has more blocks than the file has tensors")
+    try:
+        with torch.device("meta"):
+            sketch = network(config)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"not a {name}: {_one_line(error)}") from error
+    _check_fit(sketch, state_dict)
+    if not list(sketch.buffers()):  # then nothing needs initialising: it takes long for large networks
+        return load_strict(sketch.to_empty(device="cpu"), state_dict)
+    with torch.random.fork_rng(devices=[]):  # loading weights leaves the caller's random numbers alone
+        return load_strict(network(config), state_dict)
 
 
 def unet_from_state_dict(
@@ -310,16 +343,7 @@ def unet_from_state_dict(
         raise CheckpointError(f"1 missing: {_quoted(name)}{_hint(name, state_dict)}, not a whole ADM U-Net") from error
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"not an ADM U-Net: {_one_line(error)}") from error
-    return _build_unet(state_dict, config)
-
-
-def _build_unet(state_dict: Mapping[str, Tensor], config: UNetConfig) -> UNet:
-    try:
-        with torch.device("meta"):  # no memory and no initialisation for what is overwritten
-            net = UNet(config)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"not an ADM U-Net: {_one_line(error)}") from error
-    return load_strict(net, state_dict)
+    return _build(UNet, config, state_dict)
 
 
 def _natural_config(state_dict: Mapping[str, Tensor]) -> NaturalConfig:
@@ -332,14 +356,6 @@ def _natural_config(state_dict: Mapping[str, Tensor]) -> NaturalConfig:
         unshuffle=math.isqrt(shapes["conv_in.weight"][1] // 3),
         embedding=shapes["embed.0.weight"][0],
     )
-
-
-def _build_natural(state_dict: Mapping[str, Tensor], config: dict | None) -> NaturalPrior:
-    try:
-        net = NaturalPrior(NaturalConfig.from_dict(config) if config is not None else _natural_config(state_dict))
-    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"not a natural-image prior: {_one_line(error)}") from error
-    return load_strict(net, state_dict)
 
 
 def load_model(
@@ -368,13 +384,15 @@ def load_model(
         state_dict, metadata, sha256, told = source, {}, None, "state dict"
     else:
         (state_dict, metadata, sha256), told = read_named(source, PRIORS), source
-    kind, config, r2 = (metadata.get(name) for name in ("format", "config", "r2"))
+    ours = _is_ours(metadata)
+    kind, config, r2 = (metadata.get(name) if ours else None for name in ("format", "config", "r2"))
     try:
         if kind == NATURAL or (kind is None and "conv_in.weight" in state_dict):
-            model: EpsModel = DenoiserEps(_build_natural(state_dict, config), r2)
+            natural = NaturalConfig.from_dict(config) if kind else _natural_config(state_dict)
+            model: EpsModel = DenoiserEps(_build(NaturalPrior, natural, state_dict), r2)
         elif kind == UNET:
-            model = UNetEps(_build_unet(state_dict, UNetConfig.from_dict(config)), r2)
-        elif any(name.startswith("input_blocks.") for name in state_dict):
+            model = UNetEps(_build(UNet, UNetConfig.from_dict(config), state_dict), r2)
+        elif kind is None and any(name.startswith("input_blocks.") for name in state_dict):
             net = unet_from_state_dict(
                 state_dict,
                 num_heads=num_heads,
@@ -394,35 +412,46 @@ def load_model(
     if torso_dtype is not None and isinstance(model, UNetEps):
         model.net.set_torso_dtype(torso_dtype)
     model.sha256 = sha256
-    return model.to(device)
+    return model.to(device).eval().requires_grad_(False)
 
 
 # --- bundled weights ------------------------------------------------------------------------------------------
 
 
+def _bundled_files() -> dict:
+    folder = resources.files("fastem").joinpath("weights")
+    files = folder.iterdir() if folder.is_dir() else ()
+    return {file.name.removesuffix(".safetensors"): file for file in files if file.name.endswith(".safetensors")}
+
+
 def bundled_models(formats: Collection[str] = PRIORS) -> list[str]:
     """Names of the weights that come with the package, of the given formats."""
-    folder, found = resources.files("fastem").joinpath("weights"), []
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name.endswith(".safetensors"):
-            with resources.as_file(entry) as path, safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") in formats:
-                    found.append(entry.name.removesuffix(".safetensors"))
-    return sorted(found)
+
+    def format_of(file) -> str | None:
+        with resources.as_file(file) as path:
+            try:
+                with safe_open(path, framework="pt") as weights:
+                    return (weights.metadata() or {}).get("format")
+            except SafetensorError:
+                return None
+
+    return sorted(name for name, file in _bundled_files().items() if format_of(file) in formats)
 
 
 def read_named(source: str | Path, formats: Collection[str]) -> Checkpoint:
     """`read_checkpoint` of a bundled name (of one of the formats) or of a path."""
     if isinstance(source, Path) or Path(source).suffix in SUFFIXES or Path(source).name != source:
         return read_checkpoint(source)
+    if file := _bundled_files().get(source):
+        with resources.as_file(file) as path:
+            checkpoint = read_checkpoint(path)
+        if checkpoint.metadata.get("format") in formats:
+            return checkpoint
     names = bundled_models(formats)
-    if source not in names:
-        raise CheckpointError(
-            f"no bundled model {_quoted(source)}{_hint(source, names)}; bundled: {', '.join(names) or 'none'}; "
-            f"other weights are given as a path to a {', '.join(SUFFIXES)} file"
-        )
-    with resources.as_file(resources.files("fastem").joinpath("weights", f"{source}.safetensors")) as path:
-        return read_checkpoint(path)
+    raise CheckpointError(
+        f"no bundled model {_quoted(source)} for this use{_hint(source, names)}; bundled: "
+        f"{', '.join(names) or 'none'}; other weights are given as a path to a {', '.join(SUFFIXES)} file"
+    )
 
 
 # --- words ----------------------------------------------------------------------------------------------------

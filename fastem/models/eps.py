@@ -150,8 +150,9 @@ class TiledEps(EpsModel):
 
     def _ramp(self, shared: int) -> Tensor:
         """0 to 1 by a raised cosine of `overlap` pixels amid the `shared` ones, 1 on the rest of the tile."""
-        position = torch.arange(self.tile, dtype=torch.float64) + 0.5 - (shared - self.overlap) / 2
-        return torch.sin(math.pi / 2 * (position / max(self.overlap, 1)).clamp(0, 1)) ** 2
+        rise = max(self.overlap, 1)
+        position = torch.arange(self.tile, dtype=torch.float64) + 0.5 - (shared - rise) / 2
+        return torch.sin(math.pi / 2 * (position / rise).clamp(0, 1)) ** 2
 
     def tiles(self, x: Tensor) -> list[list[tuple[slice, slice, Tensor]]]:
         """Micro-batches of equal length (the last is padded by weight 0): rows, columns and weights of each tile."""
