@@ -24,6 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"})
@@ -537,7 +538,7 @@ def load_kernel(path: str | os.PathLike) -> tuple[np.ndarray, list[str]]:
 
     Returns:
         `(h, w)` float32, non-negative, sums to 1, and warnings: W_KERNEL_SUM when it had to be normalised. The pictures
-        that `save_kernel_png` enlarged are reduced to the size of the kernel again.
+        that `encode_kernel_png` enlarged are reduced to the size of the kernel again.
 
     Raises:
         InputError: E_KERNEL for a wrong shape or negative, infinite or vanishing values; those of `read_image`.
@@ -589,18 +590,22 @@ def _decode_kernel_picture(data: bytes, notes: list[str]) -> np.ndarray:
 
 
 def save_kernel_png(path: str | os.PathLike, kernel: np.ndarray) -> None:
+    """Writes what `encode_kernel_png` makes."""
+    encoded = encode_kernel_png(kernel)
+    with atomic_write(path) as file:
+        file.write(encoded)
+
+
+def encode_kernel_png(kernel: np.ndarray) -> bytes:
     """A picture of a kernel to look at: its peak is white, each value a square of pixels as large as fits in 256.
 
     The enlargement is noted in the file, so that `load_kernel` gives the original size back (at 8-bit precision).
     """
-    from PIL.PngImagePlugin import PngInfo
-
     buffer, info = io.BytesIO(), PngInfo()
     zoom = kernel_zoom(kernel.shape)
     info.add_text(_ZOOM_KEY.decode(), str(zoom))
     Image.fromarray(kernel_picture(kernel, zoom)).save(buffer, "PNG", pnginfo=info)
-    with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def kernel_zoom(shape: tuple[int, ...], view: int = KERNEL_VIEW) -> int:

@@ -34,6 +34,8 @@ def estimate_sigma(image: np.ndarray) -> float:
         ValueError: if the shape is none of the above or a value is not finite.
     """
     image = _channels_last(np.asarray(image, dtype=np.float32))
+    if (image == image[..., :1]).all():
+        image = image[..., :1]  # gray in three copies: equal channels would look like directions without noise
     if not np.isfinite(image).all():
         raise ValueError("estimate_sigma needs finite values, got NaN or infinity in the image")
     for size in PATCH_SIZES:

@@ -60,7 +60,9 @@ def test_layouts_agree_and_repeat():
     first = estimate_sigma(noisy)
     assert first == estimate_sigma(noisy)
     assert first == pytest.approx(estimate_sigma(noisy.transpose(2, 0, 1)), rel=1e-6)
-    assert estimate_sigma(noisy[..., 0]) == pytest.approx(0.02, rel=0.05)
+    gray = estimate_sigma(noisy[..., 0])
+    assert gray == pytest.approx(0.02, rel=0.05)
+    assert gray == estimate_sigma(np.repeat(noisy[..., :1], 3, axis=2))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
