@@ -270,6 +270,16 @@ def test_members_claiming_more_than_the_file_are_refused(tmp_path):
     refused(tmp_path / "w.pt", "members claim more")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("twin", ["data.pkl", "DATA.PKL", "data/0"])
+def test_two_members_of_one_name_are_refused(tmp_path, twin):
+    path = torch_file(tmp_path / "w.pt", weights())
+    torch.save({"a": Evil(tmp_path / "canary")}, other := tmp_path / "other.pt")
+    with zipfile.ZipFile(other) as source, zipfile.ZipFile(path, "a") as target:
+        target.writestr(f"w/{twin}", source.read("other/data.pkl"))
+    refused(path, "members are not those")
+
+
 def test_file_size_is_bounded(tmp_path):
     path = torch_file(tmp_path / "w.pt", weights())
     refused(path, "more than the 100 allowed", max_bytes=100)

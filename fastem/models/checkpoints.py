@@ -113,8 +113,10 @@ def _read_torch(file: BinaryIO, size: int) -> dict[str, Tensor]:
             raise CheckpointError("has compressed members, which can expand without bound; re-save it with torch.save")
         if sum(member.file_size for member in members) > size:
             raise CheckpointError(f"members claim more than the {size} bytes of the file; {_REPLACE}")
-        pickles = [member for member in members if member.filename.endswith(".pkl")]
-        if len(pickles) != 1 or pickles[0].filename.split("/")[1:] != ["data.pkl"]:
+        names = [member.filename.lower() for member in members]  # torch looks members up whatever their case
+        pickles = [member for member, name in zip(members, names, strict=True) if name.endswith(".pkl")]
+        twins = len(set(names)) < len(names)
+        if twins or len(pickles) != 1 or pickles[0].filename.split("/")[1:] != ["data.pkl"]:
             raise CheckpointError("its members are not those of torch.save; save the state dict alone with it")
         if pickles[0].file_size > MAX_PICKLE:
             raise CheckpointError(f"its pickle of {pickles[0].file_size} bytes is larger than the {MAX_PICKLE} allowed")
@@ -137,7 +139,7 @@ def _check_pickle(data: bytes) -> None:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def check_tensors(state_dict: Mapping[str, Tensor], *, own_storage: bool = True) -> None:
