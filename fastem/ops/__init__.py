@@ -1,22 +1,42 @@
-"""Fused operations. `reference` is the specification; the functions here pick the backend."""
+"""Fused operations. `reference` is the specification; `backend` decides what runs."""
 
-from fastem.ops.reference import (
+from fastem.ops.backend import Backend, current_backend, use_backend
+from fastem.ops.network import film_silu, film_silu_backward
+from fastem.ops.psf import (
     centre_of_mass,
-    conv3x3,
     convolve_support,
     crop_support,
     denoise_chain,
-    film_silu,
-    film_silu_backward,
     hqs_chain,
-    philox_normal,
-    predict_x0,
     project_kernel,
     project_simplex,
     psf_to_otf,
     recentre,
     simplex_least_squares,
-    spectral_sums,
-    step_update,
-    wiener_guidance,
 )
+from fastem.ops.spectral import spectral_sums, wiener_guidance
+from fastem.ops.step import philox_normal, predict_x0, step_update, step_update_philox
+
+__all__ = [
+    "Backend",
+    "centre_of_mass",
+    "convolve_support",
+    "crop_support",
+    "current_backend",
+    "denoise_chain",
+    "film_silu",
+    "film_silu_backward",
+    "hqs_chain",
+    "philox_normal",
+    "predict_x0",
+    "project_kernel",
+    "project_simplex",
+    "psf_to_otf",
+    "recentre",
+    "simplex_least_squares",
+    "spectral_sums",
+    "step_update",
+    "step_update_philox",
+    "use_backend",
+    "wiener_guidance",
+]

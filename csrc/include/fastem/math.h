@@ -2,7 +2,8 @@
 //
 // Each instruction-set build includes this file with its own FASTEM_ISA, so that the linker never
 // replaces a plain function by one that needs newer instructions. `fmadd` fixes which products are
-// rounded: vector bodies and their scalar tails then agree to the bit.
+// rounded: vector bodies and their scalar tails then agree to the bit. FASTEM_FMA says that the target has the instruction
+// (GCC 12 does not define __FMA__ under a target pragma).
 #pragma once
 
 #include <cmath>
@@ -26,12 +27,15 @@ namespace fastem {
 
 using cfloat = std::complex<float>;  // same layout as float2 and c10::complex<float>
 
+// Which build of the CPU kernels this machine runs: "generic", "avx2" or "avx512".
+const char* cpu_kernels();
+
 inline namespace FASTEM_ISA {
 
 FASTEM_HD float fmadd(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return fmaf(a, b, c);
-#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#elif defined(FASTEM_FMA) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;

@@ -14,17 +14,22 @@ struct NoiseParams {
 
 inline namespace FASTEM_ISA {
 
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;  // added to the key after each round
+
+FASTEM_HD void philox_round(uint32_t k0, uint32_t k1, uint32_t* c0, uint32_t* c1, uint32_t* c2, uint32_t* c3) {
+  const uint64_t p0 = static_cast<uint64_t>(*c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(*c2) * 0xCD9E8D57u;
+  *c0 = static_cast<uint32_t>(p1 >> 32) ^ *c1 ^ k0;
+  *c1 = static_cast<uint32_t>(p1);
+  *c2 = static_cast<uint32_t>(p0 >> 32) ^ *c3 ^ k1;
+  *c3 = static_cast<uint32_t>(p0);
+}
+
 // Philox4x32-10: 4 counter words in, 4 random words out, in place.
 FASTEM_HD void philox4x32(uint32_t k0, uint32_t k1, uint32_t c[4]) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(c[0]) * 0xD2511F53u, p1 = static_cast<uint64_t>(c[2]) * 0xCD9E8D57u;
-    const uint32_t c1 = c[1], c3 = c[3];
-    c[0] = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c[1] = static_cast<uint32_t>(p1);
-    c[2] = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c[3] = static_cast<uint32_t>(p0);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    philox_round(k0, k1, c, c + 1, c + 2, c + 3);
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
   }
 }
 

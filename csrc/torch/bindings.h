@@ -1,0 +1,229 @@
+// Checks and views that the CPU and the CUDA bindings share. Shapes are checked here once more, after the friendlier checks
+// in fastem/ops: a kernel must not read out of bounds whoever calls torch.ops.fastem.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "fastem/chain.h"
+#include "fastem/network.h"
+#include "fastem/philox.h"
+#include "fastem/psf.h"
+#include "fastem/spectral.h"
+#include "fastem/step.h"
+
+namespace fastem {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalTensors = c10::List<OptionalTensor>;
+
+inline const float* in(const Tensor& t) { return t.const_data_ptr<float>(); }  // checks the dtype
+inline float* out(const Tensor& t) { return t.mutable_data_ptr<float>(); }
+inline const float* in_or_null(const Tensor& t) { return t.defined() ? in(t) : nullptr; }
+inline const cfloat* complex_in(const Tensor& t) {
+  return reinterpret_cast<const cfloat*>(t.const_data_ptr<c10::complex<float>>());
+}
+inline cfloat* complex_out(const Tensor& t) {
+  return reinterpret_cast<cfloat*>(t.mutable_data_ptr<c10::complex<float>>());
+}
+
+inline Tensor dense(const Tensor& t) { return t.contiguous().resolve_conj().resolve_neg(); }
+
+// One image serves all `n_image`.
+inline Tensor dense_images(const Tensor& t, int64_t n_image) {
+  if (t.dim() > 0 && t.size(0) == 1 && n_image != 1) {
+    auto shape = t.sizes().vec();
+    shape[0] = n_image;
+    return dense(t.expand(shape));
+  }
+  return dense(t);
+}
+
+inline void check_same_shape(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, " must have the shape of ", like_name, ", ", like.sizes(), ", got ",
+                    t.sizes());
+}
+
+inline void check_device(const Tensor& t, const Tensor& like, const char* name) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, " is on ", t.device(), ", the other inputs on ", like.device());
+}
+
+inline SpectralParams spectral_params(const Tensor& X, const Tensor& Y) {
+  TORCH_CHECK_VALUE(X.dim() == 5 && Y.dim() == 4 && X.size(0) == Y.size(0) && X.sizes().slice(2) == Y.sizes().slice(1),
+                    "X must be (B, n, C, H, W') and Y (B, C, H, W'), got ", X.sizes(), " and ", Y.sizes());
+  check_device(Y, X, "Y");
+  return {X.size(0), X.size(1), X.size(2), X.size(3) * X.size(4)};
+}
+
+inline std::tuple<Tensor, Tensor> spectral_sums_outputs(const Tensor& X, bool per_channel) {
+  const std::vector<int64_t> shape = {X.size(0), per_channel ? X.size(2) : 1, X.size(3), X.size(4)};
+  return {at::empty(shape, X.options()), at::empty(shape, X.options().dtype(at::kFloat))};
+}
+
+inline SpectralParams wiener_params(const Tensor& X, const Tensor& Y, const Tensor& K, const Tensor& sigma2,
+                                    const Tensor& r2) {
+  const SpectralParams p = spectral_params(X, Y);
+  TORCH_CHECK_VALUE(K.dim() == 4 && K.size(0) == X.size(0) && K.size(1) == 1 && K.sizes().slice(2) == X.sizes().slice(3),
+                    "K must be (B, 1, H, W') like X ", X.sizes(), ", got ", K.sizes());
+  for (const Tensor& scalar : {sigma2, r2})
+    TORCH_CHECK_VALUE(scalar.dim() == 1 && scalar.size(0) == X.size(0), "sigma2 and r2 must be (B,) = (", X.size(0),
+                      ",), got ", scalar.sizes());
+  check_device(K, X, "K");
+  check_device(sigma2, X, "sigma2");
+  check_device(r2, X, "r2");
+  return p;
+}
+
+inline PsfParams psf_params(const Tensor& k) {
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) == 1 && k.size(2) > 0 && k.size(3) > 0, "kernels must be (B, 1, h, w), got ",
+                    k.sizes());
+  return {k.size(0), k.size(2), k.size(3)};
+}
+
+inline OtfParams otf_params(const Tensor& k, at::IntArrayRef size) {
+  const PsfParams p = psf_params(k);
+  TORCH_CHECK_VALUE(size.size() == 2 && size[0] >= p.h && size[1] >= p.w, "size must be (H, W), not smaller than the kernel (",
+                    p.h, ", ", p.w, "), got ", size);
+  return {p.n_image, p.h, p.w, size[0], size[1]};
+}
+
+inline Tensor otf_output(const Tensor& k, const OtfParams& p) {
+  return at::empty({p.n_image, 1, p.height, p.n_col()}, k.options().dtype(at::kComplexFloat));
+}
+
+inline PsfParams convolve_params(const Tensor& g, const Tensor& k) {
+  const PsfParams p = psf_params(k);
+  TORCH_CHECK_VALUE(g.dim() == 4 && g.size(0) == p.n_image && g.size(1) == 1 && g.size(2) == 2 * p.h - 1 &&
+                        g.size(3) == 2 * p.w - 1,
+                    "g must be (B, 1, 2h-1, 2w-1) for k ", k.sizes(), ", got ", g.sizes());
+  check_device(g, k, "g");
+  return p;
+}
+
+// The layers of a denoiser chain; keeps dense copies of the weights alive.
+struct Chain {
+  ChainParams params;
+  std::vector<Tensor> alive;
+
+  Chain(const Tensor& k, const Tensor& noise_std, at::TensorList weights, const OptionalTensors& biases, double scale) {
+    const PsfParams p = psf_params(k);
+    const int64_t n_layer = static_cast<int64_t>(weights.size());
+    TORCH_CHECK_VALUE(n_layer >= 1 && n_layer <= kMaxChainLayers && biases.size() == weights.size(),
+                      "a chain has 1..", kMaxChainLayers, " layers and a bias (or None) for each, got ", n_layer,
+                      " weights and ", biases.size(), " biases");
+    TORCH_CHECK_VALUE(noise_std.dim() == 1 && noise_std.size(0) == p.n_image, "noise_std must be (B,) = (", p.n_image,
+                      ",), got ", noise_std.sizes());
+    check_device(noise_std, k, "noise_std");
+    params.n_image = p.n_image;
+    params.h = p.h;
+    params.w = p.w;
+    params.n_layer = n_layer;
+    params.scale = static_cast<float>(scale);
+    int64_t n_in = 2;
+    for (int64_t i = 0; i < n_layer; ++i) {
+      const Tensor weight = dense(weights[i]);
+      const OptionalTensor bias = biases.get(i);
+      TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == n_in && weight.size(2) == 3 && weight.size(3) == 3 &&
+                            weight.size(0) > 0 && (i + 1 < n_layer || weight.size(0) == 1),
+                        "layer ", i, " must have weights (out, ", n_in, ", 3, 3)", i + 1 < n_layer ? "" : " with out = 1",
+                        ", got ", weight.sizes());
+      check_device(weight, k, "a weight");
+      n_in = weight.size(0);
+      params.layers[i] = {in(weight), nullptr, weight.size(1), weight.size(0)};
+      alive.push_back(weight);
+      if (bias) {
+        const Tensor b = dense(*bias);
+        TORCH_CHECK_VALUE(b.dim() == 1 && b.size(0) == n_in, "the bias of layer ", i, " must be (", n_in, ",), got ", b.sizes());
+        check_device(b, k, "a bias");
+        params.layers[i].bias = in(b);
+        alive.push_back(b);
+      }
+    }
+  }
+};
+
+inline StepParams step_params(double c0, double ct, double std, double gain) {
+  return {static_cast<float>(c0), static_cast<float>(ct), static_cast<float>(std), static_cast<float>(gain)};
+}
+
+// A term of the step that is absent where its factor is 0.
+inline Tensor optional_term(const OptionalTensor& t, double factor, const Tensor& like, const char* name) {
+  if (!t || factor == 0) return {};
+  check_same_shape(*t, like, name, "x_t");
+  check_device(*t, like, name);
+  return dense(*t);
+}
+
+inline NoiseParams noise_params(const Tensor& seeds, int64_t n, at::IntArrayRef shape, int64_t step, int64_t stream) {
+  TORCH_CHECK_VALUE(seeds.dim() == 1 && seeds.scalar_type() == at::kLong, "seeds must be (B,) int64, got ",
+                    seeds.scalar_type(), " ", seeds.sizes());
+  int64_t count = 1;
+  for (const int64_t side : shape) count *= side;
+  return {seeds.size(0), n, count, static_cast<uint32_t>(step), static_cast<uint32_t>(stream)};
+}
+
+inline NoiseParams noise_params_like(const Tensor& seeds, const Tensor& x, int64_t step, int64_t stream) {
+  TORCH_CHECK_VALUE(x.dim() >= 2 && seeds.dim() == 1 && x.size(0) == seeds.size(0),
+                    "x_t must be (B, n, ...) and seeds (B,), got ", x.sizes(), " and ", seeds.sizes());
+  check_device(seeds, x, "seeds");
+  return noise_params(seeds, x.size(1), x.sizes().slice(2), step, stream);
+}
+
+inline int64_t noise_blocks(const NoiseParams& p) { return p.n_image * p.n_particle * p.blocks(); }
+
+inline Tensor philox_output(const Tensor& seeds, int64_t n, at::IntArrayRef shape) {
+  std::vector<int64_t> full = {seeds.size(0), n};
+  full.insert(full.end(), shape.begin(), shape.end());
+  return at::empty(full, seeds.options().dtype(at::kFloat));
+}
+
+inline bool prefers_channels_last(const Tensor& x) {
+  return x.dim() == 4 && !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+inline Tensor dense_image_layout(const Tensor& x) { return prefers_channels_last(x) ? x : dense(x); }
+
+// Arguments of film_silu; keeps its rows of scale and shift alive.
+struct Film {
+  FilmParams params;
+  at::MemoryFormat memory_format;
+  Tensor scale, shift;
+  int64_t stride = 0;
+
+  Film(const Tensor& x, const OptionalTensor& scale_, const OptionalTensor& shift_) {
+    TORCH_CHECK_VALUE(x.dim() == 4, "x must be (N, C, H, W), got ", x.sizes());
+    const bool channels_last = prefers_channels_last(x);
+    memory_format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    params = {x.size(0), x.size(1), x.size(2) * x.size(3), channels_last};
+    if (!scale_ || !shift_) return;
+    scale = *scale_;
+    shift = *shift_;
+    for (const Tensor& t : {scale, shift}) {
+      TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1), "scale and shift must be (N, C) = (",
+                        x.size(0), ", ", x.size(1), "), got ", t.sizes());
+      check_device(t, x, "scale or shift");
+    }
+    // Halves of one tensor stay where they are
+    const bool rows = scale.stride(1) == 1 && shift.stride(1) == 1 && scale.stride(0) == shift.stride(0);
+    if (!rows) {
+      scale = dense(scale);
+      shift = dense(shift);
+    }
+    stride = rows ? scale.stride(0) : x.size(1);
+  }
+  const float* scale_data() const { return in_or_null(scale); }
+  const float* shift_data() const { return in_or_null(shift); }
+  int64_t row_grain(int64_t elements) const {
+    const int64_t length = params.channels_last ? params.n_chan : params.n_pixel;
+    return elements / (length > 0 ? length : 1) + 1;
+  }
+};
+
+}  // namespace fastem

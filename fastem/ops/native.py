@@ -1,0 +1,95 @@
+"""Loads the compiled extension and tells torch the shapes of its results (fake kernels)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import fastem._C  # noqa: F401  registers torch.ops.fastem
+except ImportError as error:  # not built, or built for another torch
+    _problem: str | None = str(error)
+else:
+    _problem = None
+
+
+def available() -> bool:
+    """Whether the extension was built and loads with this torch."""
+    return _problem is None
+
+
+def why_not() -> str:
+    """Why the extension is not available, in words; empty where it is."""
+    return "" if _problem is None else f"the extension fastem._C does not load ({_problem})"
+
+
+def build_info() -> str:
+    """The instruction set in use, threading and CUDA of the build, or why there is none."""
+    return torch.ops.fastem.build_info() if available() else why_not()
+
+
+def has_cuda() -> bool:
+    """Whether the extension was built with CUDA."""
+    return available() and "no CUDA" not in build_info()
+
+
+# --------------------------------------------------------------------------------------------- fake kernels
+
+
+def _spectral_sums(X: Tensor, Y: Tensor, per_channel: bool = False) -> tuple[Tensor, Tensor]:
+    batch, _, channels, height, width = X.shape
+    shape = (batch, channels if per_channel else 1, height, width)
+    return X.new_empty(shape), X.new_empty(shape, dtype=torch.float32)
+
+
+def _psf_to_otf(k: Tensor, size: list[int]) -> Tensor:
+    return k.new_empty((k.shape[0], 1, size[0], size[1] // 2 + 1), dtype=torch.complex64)
+
+
+def _philox_normal(seeds: Tensor, n: int, shape: list[int], step: int, stream: int) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], n, *shape), dtype=torch.float32)
+
+
+def _predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+    return _dense(x_t), _dense(x_t)
+
+
+def _film_silu(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    return _image_layout(x)
+
+
+def _film_silu_backward(grad: Tensor, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    return _image_layout(x)
+
+
+def _dense(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _image_layout(x: Tensor) -> Tensor:
+    """The layout of x where it is plain or channels last, else plain."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _register() -> None:
+    like_first = ("wiener_guidance", "project_kernel", "project_simplex", "recentre", "denoise_chain", "step_update")
+    fakes = {
+        "spectral_sums": _spectral_sums,
+        "psf_to_otf": _psf_to_otf,
+        "philox_normal": _philox_normal,
+        "predict_x0": _predict_x0,
+        "film_silu": _film_silu,
+        "film_silu_backward": _film_silu_backward,
+        "convolve_support": lambda g, k: _dense(k),
+        "simplex_least_squares": lambda g, b, k, num_iters: _dense(k),
+        "hqs_chain": lambda a, g, k, *rest: _dense(k),
+        "step_update_philox": lambda x_t, *rest: _dense(x_t),
+        **{op: lambda first, *rest: _dense(first) for op in like_first},
+    }
+    for op, fake in fakes.items():
+        torch.library.register_fake(f"fastem::{op}", fake)
+
+
+if available():
+    _register()

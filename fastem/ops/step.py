@@ -1,0 +1,117 @@
+"""Sampler steps and their noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastem.ops import reference
+from fastem.ops.backend import Backend, run, select
+
+
+def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+    """x0_hat of Eq. (12), clamped and mapped from [-1, 1] to [0, 1], and where the clamp let it through.
+
+    Args:
+        x_t, eps: in network range, any equal shape.
+        alpha_bar: cumulative product of the schedule, in (0, 1].
+
+    Returns:
+        x0_hat in [0, 1], and a mask of the same dtype: 1 where the clamp changed nothing (the border included), else 0.
+
+    Raises:
+        ValueError: if the shapes disagree or alpha_bar is out of range.
+    """
+    _check_like(eps, x_t, "eps")
+    if not 0 < alpha_bar <= 1:
+        raise ValueError(f"alpha_bar must be in (0, 1], got {alpha_bar}")
+    return run("predict_x0", x_t, eps, float(alpha_bar))
+
+
+def step_update(
+    x_t: Tensor, x0_hat: Tensor, noise: Tensor | None, guidance: Tensor | None,
+    c0: float, ct: float, std: float, gain: float,
+) -> Tensor:  # fmt: skip
+    """`x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance`, Eq. (15).
+
+    Args:
+        x_t: in network range, any shape; the others have the same.
+        x0_hat: in [0, 1].
+        noise: standard normal; None only where `std` is 0.
+        guidance: a gradient at x_t, or None.
+        c0, ct: weights of x0_hat and x_t in the posterior mean.
+        std: of the noise, 0 at the last step.
+        gain: weight of the guidance, with its sign.
+
+    Raises:
+        ValueError: if the shapes disagree, or noise is missing.
+    """
+    _check_like(x0_hat, x_t, "x0_hat")
+    if std and noise is None:
+        raise ValueError(f"a step of std {std} needs noise")
+    for name, t in (("noise", noise), ("guidance", guidance)):
+        if t is not None:
+            _check_like(t, x_t, name)
+    return run("step_update", x_t, x0_hat, noise, guidance, float(c0), float(ct), float(std), float(gain))
+
+
+def step_update_philox(
+    x_t: Tensor, x0_hat: Tensor, guidance: Tensor | None, seeds: Tensor,
+    c0: float, ct: float, std: float, gain: float, step: int, stream: int,
+) -> Tensor:  # fmt: skip
+    """`step_update` with `philox_normal` noise drawn in the kernel: nothing is stored in between.
+
+    Args:
+        x_t: `(B, n, ...)` in network range; x0_hat (in [0, 1]) and guidance have the same shape.
+        seeds: `(B,)` int64, one per image.
+        step, stream: words of the counter, see `philox_normal`.
+    """
+    _check_like(x0_hat, x_t, "x0_hat")
+    if guidance is not None:
+        _check_like(guidance, x_t, "guidance")
+    _check_seeds(seeds)
+    if x_t.dim() < 2 or x_t.shape[0] != seeds.shape[0]:
+        raise ValueError(f"x_t must be (B, n, ...) for seeds (B,), got {tuple(x_t.shape)} and {tuple(seeds.shape)}")
+    _check_words(step, stream)
+    tensors = [t for t in (x_t, x0_hat, guidance, seeds) if t is not None]
+    if select("step_update_philox", tensors) is Backend.REFERENCE:
+        noise = reference.philox_normal(seeds, x_t.shape[1], tuple(x_t.shape[2:]), step, stream).to(x_t.dtype)
+        return reference.step_update(x_t, x0_hat, noise, guidance, c0, ct, std, gain)
+    coefficients = (float(c0), float(ct), float(std), float(gain))
+    return run("step_update_philox", x_t, x0_hat, guidance, seeds, *coefficients, step, stream)
+
+
+def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int, stream: int) -> Tensor:
+    """Standard normal noise from counters: the same whatever the batch, the order or the number of threads.
+
+    Args:
+        seeds: `(B,)` int64, one per image.
+        n: particles per image.
+        shape: of one particle.
+        step, stream: words of the counter, 0 <= word < 2^32: give each use of noise its own.
+
+    Returns:
+        `(B, n, *shape)` float32.
+
+    Source: Salmon et al. 2011 (Philox4x32-10), Box-Muller.
+    """
+    _check_seeds(seeds)
+    if n < 0 or any(side < 0 for side in shape):
+        raise ValueError(f"n and shape must not be negative, got {n} and {tuple(shape)}")
+    _check_words(step, stream)
+    return run("philox_normal", seeds, n, tuple(shape), step, stream)
+
+
+def _check_like(t: Tensor, x_t: Tensor, name: str) -> None:
+    if t.shape != x_t.shape:
+        raise ValueError(f"{name} must have the shape of x_t, {tuple(x_t.shape)}, got {tuple(t.shape)}")
+
+
+def _check_seeds(seeds: Tensor) -> None:
+    if seeds.dim() != 1 or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds must be (B,) int64, got {tuple(seeds.shape)} {seeds.dtype}")
+
+
+def _check_words(step: int, stream: int) -> None:
+    if not (0 <= step < 2**32 and 0 <= stream < 2**32):
+        raise ValueError(f"step and stream must be in [0, 2^32), got {step} and {stream}")
