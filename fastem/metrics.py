@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Array = np.ndarray | Tensor
+MAXIMA = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, torch.uint8: 255, torch.uint16: 65535}
 
 
 def psnr(a: Array, b: Array, data_range: float = 1.0) -> float:
@@ -56,7 +57,9 @@ class Alignment(NamedTuple):
     gain: float
 
 
-def psnr_aligned(estimate: Array, truth: Array, *, max_shift: float = 16, border: int | None = None, data_range: float = 1.0) -> float:
+def psnr_aligned(
+    estimate: Array, truth: Array, *, max_shift: float = 16, border: int | None = None, data_range: float = 1.0
+) -> float:
     """PSNR in dB after the best shift, of at most `max_shift` pixels each way, and gain; see `align`."""
     return align(estimate, truth, max_shift=max_shift, border=border, data_range=data_range).psnr
 
@@ -78,7 +81,9 @@ def align(
     a, b = _image_pair(estimate, truth)
     border = math.ceil(max_shift) if border is None else border
     if min(a.shape[-2:]) <= 2 * max(border, math.floor(max_shift)):
-        raise ValueError(f"images of {tuple(a.shape[-2:])} leave nothing inside a border of {max(border, max_shift)} pixels")
+        raise ValueError(
+            f"images of {tuple(a.shape[-2:])} leave nothing inside a border of {max(border, max_shift)} pixels"
+        )
     shift, gain, mse = _register(a, b, max_shift, border, free_gain=True)
     return Alignment(_psnr(mse, data_range), shift, gain)
 
@@ -239,7 +244,7 @@ def _tensor(x: Array, what: str) -> Tensor:
     """float64 on the device it was on; integers by their maximum."""
     if not isinstance(x, (np.ndarray, Tensor)):
         raise TypeError(f"{what} is an ndarray or a tensor, got {type(x).__name__}; use numpy.asarray")
-    largest = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, torch.uint8: 255, torch.uint16: 65535}.get(x.dtype, 1)
+    largest = MAXIMA.get(x.dtype, 1)
     if isinstance(x, np.ndarray):
         x = torch.from_numpy(np.array(x, np.float64))  # a copy: any stride, byte order or read-only memory will do
     if x.numel() == 0:
@@ -277,6 +282,7 @@ def _kernel_pair(k: Array, k_true: Array) -> tuple[Tensor, Tensor]:
     a, b = _kernel(k), _kernel(k_true)
     if a.shape != b.shape:
         raise ValueError(
-            f"kernels to compare have one shape, got {tuple(a.shape)} and {tuple(b.shape)}; zero-pad the smaller around its centre"
+            f"kernels to compare have one shape, got {tuple(a.shape)} and {tuple(b.shape)}; zero-pad the smaller around "
+            "its centre, as fastem.synth.pad_kernel does"
         )
     return a.cpu(), b.cpu()

@@ -166,7 +166,7 @@ def _shake_length(size: int, rng: Generator) -> float:
 
 
 def _ornstein_uhlenbeck(count: int, dt: float, tau: float, rng: Generator) -> np.ndarray:
-    """`(count, 2)`: two stationary unit-variance processes of correlation time `tau`; exact for `count * dt / tau < 600`."""
+    """`(count, 2)`: two stationary unit-variance processes of correlation time `tau`; `count * dt / tau < 600`."""
     decay = dt / tau
     growth = np.exp(decay * np.arange(count))[:, None]
     steps = rng.normal(size=(count, 2)) * growth
@@ -296,7 +296,9 @@ def degrade(
     x, restore = _channels_first(image)
     k = _checked_kernel(kernel, x.shape)
     if not 0 <= sigma < 1:  # also catches nan
-        raise ValueError(f"sigma is a std in image units, 0 <= sigma < 1, got {sigma}; 8-bit noise of 5 is sigma = 5 / 255")
+        raise ValueError(
+            f"sigma is a std in image units, 0 <= sigma < 1, got {sigma}; 8-bit noise of 5 is sigma = 5 / 255"
+        )
     if boundary not in ("circular", "valid"):
         raise ValueError(f"boundary must be 'circular' or 'valid', got {boundary!r}")
     (height, width), (h, w) = x.shape[-2:], k.shape[-2:]
@@ -325,7 +327,9 @@ def _channels_first(image: np.ndarray | Tensor) -> tuple[np.ndarray, Callable[[n
         return _unit_range(image)[None], lambda y: y[0]
     if image.ndim == 3 and image.shape[-1] <= 4:
         return np.moveaxis(_unit_range(image), -1, 0), lambda y: np.ascontiguousarray(np.moveaxis(y, 0, -1))
-    raise ValueError(f"an ndarray image is (H, W) or (H, W, C) with at most 4 channels, got {image.shape}; use a tensor for (C, H, W)")
+    raise ValueError(
+        f"an ndarray image is (H, W), or (H, W, C) with C <= 4, got {image.shape}; use a tensor for (C, H, W)"
+    )
 
 
 def _unit_range(x: np.ndarray) -> np.ndarray:
@@ -347,7 +351,9 @@ def _checked_kernel(kernel: np.ndarray | Tensor, image_shape: tuple[int, ...]) -
     k = kernel.detach().cpu().numpy() if isinstance(kernel, Tensor) else np.asarray(kernel)
     k = k.astype(np.float64)
     if k.ndim != 2 and not (k.ndim == 4 and len(image_shape) == 4 and k.shape[:2] in ((1, 1), (image_shape[0], 1))):
-        raise ValueError(f"a kernel is (h, w), or (B, 1, h, w) for a batch of B images, got {k.shape} for an image {image_shape}")
+        raise ValueError(
+            f"a kernel is (h, w), or (B, 1, h, w) for a batch of B images, got {k.shape} for an image {image_shape}"
+        )
     if not np.isfinite(k).all() or (k < 0).any():
         raise ValueError("a kernel is finite and non-negative")
     if k.shape[-2] > image_shape[-2] or k.shape[-1] > image_shape[-1]:

@@ -129,7 +129,9 @@ def test_published_keys_and_shapes():
 
 def test_parity_with_the_released_denoiser():
     data = np.load(DATA / "mstep.npz")
-    state = {key.removeprefix("denoiser/"): torch.from_numpy(data[key]) for key in data if key.startswith("denoiser/model")}
+    state = {
+        key.removeprefix("denoiser/"): torch.from_numpy(data[key]) for key in data if key.startswith("denoiser/model")
+    }
     net = load_kernel_denoiser(state)
     assert isinstance(net, FDnCNN)
     planes, expected = (torch.from_numpy(data[f"denoiser_forward/{name}"]) for name in ("input", "output"))
@@ -162,7 +164,10 @@ def test_scale_comes_from_the_file(tmp_path):
     "spoil, message",
     [
         (lambda s: s.pop("model.8.bias"), "1 missing: 'model.8.bias'"),
-        (lambda s: s.update({"model.2.weight": torch.zeros(32, 32, 5, 5)}), r"mis-shaped: 'model.2.weight' \(32, 32, 5, 5\)"),
+        (
+            lambda s: s.update({"model.2.weight": torch.zeros(32, 32, 5, 5)}),
+            r"mis-shaped: 'model.2.weight' \(32, 32, 5, 5\)",
+        ),
         (lambda s: s.update({"model.10.bias": torch.zeros(1)}), "1 unexpected: 'model.10.bias'"),
         (lambda s: s.update({"model.0.bias": torch.full((32,), torch.nan)}), "NaN"),
         (lambda s: s.pop("model.0.weight"), "not a kernel denoiser"),

@@ -50,7 +50,8 @@ class ConvChain(nn.Module):
     def as_chain(self) -> Chain:
         """The arguments of `ops.denoise_chain` and `ops.hqs_chain` that describe the network."""
         convs = self.model[::2]
-        return [c.weight.detach() for c in convs], [None if c.bias is None else c.bias.detach() for c in convs], self.scale
+        biases = [None if conv.bias is None else conv.bias.detach() for conv in convs]
+        return [conv.weight.detach() for conv in convs], biases, self.scale
 
     def forward(self, k: Tensor, noise_std: float | Tensor) -> Tensor:
         """The clean kernel under k.
@@ -131,7 +132,8 @@ def _build(state_dict: Mapping[str, Tensor], config: dict | None) -> ConvChain:
     except (KeyError, ValueError, TypeError, IndexError) as error:
         first = next(iter(state_dict))
         raise CheckpointError(
-            f"not a kernel denoiser: it has 3x3 convolutions model.0.weight, model.2.weight, ..., got {str(first)[:80]!r}, ..."
+            "not a kernel denoiser: it has 3x3 convolutions model.0.weight, model.2.weight, ..., got "
+            f"{str(first)[:80]!r}, ..."
         ) from error
 
 

@@ -100,9 +100,15 @@ class Trainer:
             self._resume()
 
     def _resume(self) -> None:
-        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # torch raises nearly anything on damaged files
+            raise ValueError(
+                f"cannot resume from {self.state_file}: damaged, or of another network; remove it to start afresh, "
+                f"or give another folder ({' '.join(str(error).split())[:300]})"
+            ) from error
         self.ema.params = [p.to(self.device) for p in state["ema"]]
         self.generator.set_state(state["rng"].cpu())
         self.balance.mean = state["bands"].to(self.device)
@@ -153,7 +159,7 @@ class Trainer:
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"the loss is {value} at step {self.step}; resume from {self.state_file} with a smaller learning rate"
+                    f"the loss is {value} at step {self.step}; resume from {self.state_file} at a smaller learning rate"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -22,7 +22,9 @@ class ImagePool:
     def __init__(self, images: list[np.ndarray], patch: int, device: str | torch.device = "cpu") -> None:
         images = [image for image in images if min(image.shape[:2]) >= patch]
         if not images:
-            raise ValueError(f"no training image is at least {patch} pixels on its short side; give larger images or --patch")
+            raise ValueError(
+                f"no training image is at least {patch} pixels on its short side; give larger images or --patch"
+            )
         sizes = torch.tensor([image.shape[:2] for image in images])
         pixels = sizes.prod(dim=1)
         self.patch = patch
@@ -73,8 +75,8 @@ def sample_sigma(count: int, generator: torch.Generator, device: torch.device | 
 def train_image_prior(
     data: list[Path],
     out: Path,
-    config: TrainConfig = TrainConfig(),
-    network: NaturalConfig = NaturalConfig(),
+    config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
+    network: NaturalConfig = NaturalConfig(),  # noqa: B008  (frozen)
     device: str = "cpu",
     report: Callable[[dict], None] = lambda record: None,
 ) -> NaturalPrior:

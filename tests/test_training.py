@@ -1,0 +1,257 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastem.models import load_kernel_denoiser
+from fastem.models.kernel_denoiser import KernelDenoiserConfig
+from fastem.models.natural import NaturalConfig
+from fastem.ops import reference
+from fastem.synth import motion_kernel
+from fastem.training import BandBalance, Ema, ImagePool, TrainConfig, Trainer, train_image_prior, train_kernel_denoiser
+from fastem.training.kernel_denoiser import (
+    FIRST_SEED,
+    HIGHEST,
+    LOWEST,
+    KernelPool,
+    estimation_errors,
+    perturb,
+    sample_noise_std,
+)
+
+QUICK = TrainConfig(minutes=5, cooldown=0, batch_size=4, patch=16, warmup=2, ema_halflife=3, max_steps=4)
+TINY_PRIOR = NaturalConfig(widths=(8, 8), num_blocks=1, embedding=8)
+TINY_CHAIN = KernelDenoiserConfig(width=4, num_layers=3)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        pixels = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def state_of(path):
+    return torch.load(path / "training.pt", weights_only=True)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+
+def check_resume(train, folder):
+    """4 steps in one go, and 2 + 2 in two calls: the same bits in weights, optimiser, average and generator."""
+    whole = train(folder / "whole", QUICK)
+    train(folder / "parts", replace(QUICK, max_steps=2))
+    assert state_of(folder / "parts")["step"] == 2
+    torch.manual_seed(99)  # what happened in between must not matter
+    resumed = train(folder / "parts", QUICK)
+    a, b = state_of(folder / "whole"), state_of(folder / "parts")
+    for name in ("model", "optimizer", "ema", "rng", "bands", "step"):
+        assert equal(a[name], b[name]), name
+    assert equal(dict(whole.state_dict()), dict(resumed.state_dict()))
+    other = train(folder / "other", replace(QUICK, seed=1))  # negative control: the comparison can fail
+    assert not equal(dict(whole.state_dict()), dict(other.state_dict()))
+
+
+def test_image_prior_resumes_bit_for_bit(tmp_path, photos):
+    check_resume(lambda out, config: train_image_prior([photos], out, config, TINY_PRIOR), tmp_path)
+
+
+def test_kernel_denoiser_resumes_bit_for_bit(tmp_path):
+    check_resume(lambda out, config: train_kernel_denoiser(out, config, TINY_CHAIN, num_kernels=30), tmp_path)
+
+
+def quadratic(model, generator, balance):
+    target = torch.randn(2, 3, generator=generator)
+    return (model(target) - target).square().mean()
+
+
+def trainer(path, **changes):
+    torch.manual_seed(0)
+    return Trainer(nn.Linear(3, 3), replace(QUICK, **changes), path / "training.pt")
+
+
+def test_time_ends_a_run(tmp_path):
+    run = trainer(tmp_path, minutes=0.005, max_steps=None)
+    list(run.run(quadratic))
+    assert run.step > 1 and state_of(tmp_path)["step"] == run.step
+    assert 0.2 < run.seconds < 3
+
+
+def test_cooldown_brings_the_rate_to_rest(tmp_path):
+    run = trainer(tmp_path, minutes=0.01, cooldown=0.01, max_steps=None, warmup=1)
+    list(run.run(quadratic))
+    assert run.optimizer.param_groups[0]["lr"] < 0.05 * QUICK.lr
+
+
+def test_warm_up(tmp_path):
+    run = trainer(tmp_path, warmup=8)
+    list(run.run(quadratic))
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(QUICK.lr * 4 / 8)
+
+
+def test_stop_ends_after_the_step_and_saves(tmp_path):
+    run = trainer(tmp_path, max_steps=None)
+
+    def loss_of(model, generator, balance):
+        if run.step == 2:
+            run.stop()
+        return quadratic(model, generator, balance)
+
+    list(run.run(loss_of))
+    assert run.step == 3 and state_of(tmp_path)["step"] == 3
+
+
+def test_an_abandoned_run_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastem.training.core.time.monotonic", iter(range(0, 10**6, 11)).__next__)
+    run = trainer(tmp_path, minutes=1e6, max_steps=None)
+    records = run.run(quadratic)
+    assert next(records)["step"] == 1
+    records.close()
+    assert state_of(tmp_path)["step"] == 1
+
+
+def test_a_diverged_loss_keeps_the_last_good_state(tmp_path):
+    list(trainer(tmp_path).run(quadratic))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 4; resume from"):
+        list(trainer(tmp_path, max_steps=9).run(lambda model, generator, balance: model.weight.sum() * torch.nan))
+    state = state_of(tmp_path)
+    assert state["step"] == 4 and all(p.isfinite().all() for p in state["ema"])
+
+
+# ---------------------------------------------------------------------------------------------------- parts
+
+
+def test_average_has_the_half_life_it_says():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = Ema(model, halflife=5)
+    nn.init.ones_(model.weight)
+    for step in range(10**4, 10**4 + 5):
+        ema.update(model, step)
+    assert ema.params[0].item() == pytest.approx(0.5)
+    ema.copy_to(model)
+    assert model.weight.item() == pytest.approx(0.5)
+
+
+def test_average_forgets_the_start():
+    """Early in a run the half-life is a tenth of the steps so far."""
+    model = nn.Linear(1, 1, bias=False)
+    ema = Ema(model, halflife=1000)
+    nn.init.constant_(model.weight, 7.0)
+    for step in range(1, 60):
+        ema.update(model, step)
+    assert ema.params[0].item() == pytest.approx(7, abs=1e-3)
+
+
+def test_balance_makes_noise_levels_equal():
+    balance = BandBalance("cpu", 1e-3, 1.0)
+    sigma = torch.tensor([2e-3, 0.5]).repeat(16)
+    loss = torch.where(sigma > 0.1, 100.0, 0.01)
+    for _ in range(50):
+        balance(loss, sigma)
+    assert balance(loss[:1], sigma[:1]).item() == pytest.approx(1, rel=0.05)
+    assert balance(loss[1:2], sigma[1:2]).item() == pytest.approx(1, rel=0.05)
+
+
+def test_image_pool_crops_are_image_content():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    pool = ImagePool([image], patch=8)
+    crops = pool.sample(64, torch.Generator().manual_seed(0))
+    assert crops.shape == (64, 3, 8, 8) and crops.min() >= -1 and crops.max() <= 1
+    with pytest.raises(ValueError, match="no training image is at least 64 pixels"):
+        ImagePool([image], patch=64)
+
+
+def test_kernel_pool_draws_every_size_and_never_a_held_out_kernel():
+    pool, generator = KernelPool(60), torch.Generator().manual_seed(0)
+    sizes = {pool.sample(8, generator).shape[-1] for _ in range(120)}
+    assert sizes == set(pool.kernels)
+    k = pool.sample(8, generator)
+    torch.testing.assert_close(k.sum(dim=(1, 2, 3)), torch.ones(len(k)))
+    held_out = torch.from_numpy(np.stack([motion_kernel(33, seed) for seed in range(50)]))
+    assert min((held_out - k).abs().amax(dim=(1, 2)).min() for k in pool.kernels[33]) > 1e-4
+    assert FIRST_SEED > 2**31
+
+
+def test_noise_levels_have_half_their_mass_where_m_steps_are():
+    std = sample_noise_std(20_000, torch.Generator().manual_seed(0))
+    assert LOWEST <= std.min() and std.max() <= HIGHEST * 1.0001
+    assert 0.5 < ((std > 1e-3) & (std < 1e-2)).float().mean() < 0.75
+
+
+def test_perturbed_kernels_carry_the_std_they_are_given():
+    k = torch.from_numpy(np.stack([motion_kernel(33, s) for s in range(60)]))[:, None]
+    noisy, std = perturb(k, torch.full((60,), 0.003), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(std, (noisy - k).square().mean(dim=(1, 2, 3)).sqrt())
+    assert std.max() < 0.0035 and std.median() > 0.002
+    clipped = (noisy.amin(dim=(1, 2, 3)) >= 0).float().mean()
+    assert 0.1 < clipped < 0.6
+
+
+def test_estimation_noise_has_the_spectrum_of_least_squares():
+    """Not white: neighbouring pixels of the error are correlated."""
+    k = torch.from_numpy(np.stack([motion_kernel(33, s) for s in range(40)]))[:, None]
+    for e in estimation_errors(k, torch.Generator().manual_seed(0)):
+        assert e.shape == k.shape and e.isfinite().all()
+        e = e / e.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        neighbours = (e[..., 1:] * e[..., :-1]).mean(dim=(1, 2, 3))
+        assert neighbours.abs().median() > 0.1
+    white = torch.randn(k.shape, generator=torch.Generator().manual_seed(0))
+    assert (white[..., 1:] * white[..., :-1]).mean(dim=(1, 2, 3)).abs().median() < 0.05
+
+
+def test_kernel_training_writes_loadable_weights_and_lowers_the_loss(tmp_path):
+    config = replace(QUICK, max_steps=80, batch_size=8, lr=3e-3, ema_halflife=20)
+    model = train_kernel_denoiser(tmp_path, config, KernelDenoiserConfig(width=8, num_layers=3), num_kernels=60)
+    loaded = load_kernel_denoiser(tmp_path / "kernel.safetensors")
+    assert equal(dict(loaded.state_dict()), dict(model.state_dict()))
+    k = torch.from_numpy(np.stack([motion_kernel(33, s) for s in range(8)]))[:, None]
+    noise = 3.16e-3 * torch.randn(k.shape, generator=torch.Generator().manual_seed(0))
+    before, after = noise.square().mean(), (loaded(k + noise, 3.16e-3) - k).square().mean()
+    assert after < 0.5 * before
+
+
+def test_image_training_reports_and_logs(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr("fastem.training.core.time.monotonic", iter(range(0, 10**6, 11)).__next__)
+    told = []
+    train_image_prior(
+        [photos], tmp_path / "out", replace(QUICK, minutes=1e6, max_steps=2), TINY_PRIOR, report=told.append
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert lines == told and [record["step"] for record in told] == [1, 2]
+
+
+def test_a_state_file_that_does_not_fit_is_explained(tmp_path):
+    train_kernel_denoiser(tmp_path, QUICK, TINY_CHAIN, num_kernels=12)
+    with pytest.raises(ValueError, match="training.pt.*another network"):
+        train_kernel_denoiser(tmp_path, QUICK, KernelDenoiserConfig(width=6, num_layers=3), num_kernels=12)
+    (tmp_path / "training.pt").write_bytes(b"PK broken")
+    with pytest.raises(ValueError, match="training.pt"):
+        train_kernel_denoiser(tmp_path, QUICK, TINY_CHAIN, num_kernels=12)
+
+
+def test_reference_chain_is_what_was_trained(tmp_path):
+    model = train_kernel_denoiser(tmp_path, QUICK, TINY_CHAIN, num_kernels=12)
+    k = torch.from_numpy(motion_kernel(17, 0))[None, None]
+    weights, biases, scale = model.as_chain()
+    torch.testing.assert_close(reference.denoise_chain(k, torch.tensor([0.01]), weights, biases, scale), model(k, 0.01))
