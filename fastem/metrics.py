@@ -282,7 +282,7 @@ def _kernel_pair(k: Array, k_true: Array) -> tuple[Tensor, Tensor]:
     a, b = _kernel(k), _kernel(k_true)
     if a.shape != b.shape:
         raise ValueError(
-            f"kernels to compare have one shape, got {tuple(a.shape)} and {tuple(b.shape)}; zero-pad the smaller around "
-            "its centre, as fastem.synth.pad_kernel does"
+            f"kernels to compare have one shape, got {tuple(a.shape)} and {tuple(b.shape)}; zero-pad the smaller "
+            "around its centre, as fastem.synth.pad_kernel does"
         )
     return a.cpu(), b.cpu()

@@ -110,23 +110,16 @@ def test_warm_up(tmp_path):
 
 def test_stop_ends_after_the_step_and_saves(tmp_path):
     run = trainer(tmp_path, max_steps=None)
-
-    def loss_of(model, generator, balance):
-        if run.step == 2:
-            run.stop()
-        return quadratic(model, generator, balance)
-
-    list(run.run(loss_of))
+    list(run.run(quadratic, stop=lambda: run.step == 3))
     assert run.step == 3 and state_of(tmp_path)["step"] == 3
 
 
-def test_an_abandoned_run_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastem.training.core.time.monotonic", iter(range(0, 10**6, 11)).__next__)
-    run = trainer(tmp_path, minutes=1e6, max_steps=None)
+def test_checkpoints_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastem.training.core.time.monotonic", iter(range(0, 10**6, 61)).__next__)
+    run = trainer(tmp_path, minutes=1e6, max_steps=None, checkpoint_minutes=1)
     records = run.run(quadratic)
-    assert next(records)["step"] == 1
-    records.close()
-    assert state_of(tmp_path)["step"] == 1
+    assert [next(records)["step"] for _ in range(3)] == [1, 2, 3]
+    assert state_of(tmp_path)["step"] == 2  # the third step is told before it is saved
 
 
 def test_a_diverged_loss_keeps_the_last_good_state(tmp_path):

@@ -95,7 +95,6 @@ class Trainer:
         self.balance = balance or BandBalance(device)
         self.step = 0
         self.seconds = 0.0  # spent in all calls
-        self.stopping = False
         if state_file.exists():
             self._resume()
 
@@ -128,14 +127,15 @@ class Trainer:
         with io.atomic_write(self.state_file) as file:
             torch.save(state, file)
 
-    def stop(self) -> None:
-        """Lets `run` end after the step in progress and save; safe to call from a signal handler."""
-        self.stopping = True
+    def run(
+        self,
+        loss_of: Callable[[nn.Module, torch.Generator, BandBalance], Tensor],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[dict]:
+        """Trains for `config.minutes`, or until `stop()`; yields a progress record about every 10 seconds.
 
-    def run(self, loss_of: Callable[[nn.Module, torch.Generator, BandBalance], Tensor]) -> Iterator[dict]:
-        """Trains for `config.minutes`, or until `stop`; yields a progress record about every 10 seconds.
-
-        The state is saved every `checkpoint_minutes`, at the end, and when the caller gives up the iteration.
+        The state is saved every `checkpoint_minutes` and at the end. `stop` is asked before each step: let it tell
+        whether a signal has come, and nothing is lost.
 
         Raises:
             FloatingPointError: if the loss is not finite; the state file still holds the last good state.
@@ -143,9 +143,8 @@ class Trainer:
         config, start, base = self.config, time.monotonic(), self.seconds
         told = saved = start
         loss_sum, steps_told = 0.0, self.step
-        self.stopping = False
         self.model.train()
-        while not self.stopping and (config.max_steps is None or self.step < config.max_steps):
+        while not stop() and (config.max_steps is None or self.step < config.max_steps):
             now = time.monotonic()
             left = config.minutes - (now - start) / 60
             if left <= 0:
@@ -172,18 +171,14 @@ class Trainer:
             self.seconds = base + now - start
             if now - told > 10:
                 done = self.step - steps_told
-                try:
-                    yield {
-                        "step": self.step,
-                        "minutes": round((now - start) / 60, 2),
-                        "lr": config.lr * rate,
-                        "loss": loss_sum / done,
-                        "samples_per_s": done * config.batch_size / (now - told),
-                        "bands": [round(v, 4) for v in self.balance.mean.tolist()],
-                    }
-                except GeneratorExit:
-                    self.save()
-                    raise
+                yield {
+                    "step": self.step,
+                    "minutes": round((now - start) / 60, 2),
+                    "lr": config.lr * rate,
+                    "loss": loss_sum / done,
+                    "samples_per_s": done * config.batch_size / (now - told),
+                    "bands": [round(v, 4) for v in self.balance.mean.tolist()],
+                }
                 told, loss_sum, steps_told = now, 0.0, self.step
             if now - saved > 60 * config.checkpoint_minutes:
                 self.save()

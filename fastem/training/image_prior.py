@@ -79,10 +79,12 @@ def train_image_prior(
     network: NaturalConfig = NaturalConfig(),  # noqa: B008  (frozen)
     device: str = "cpu",
     report: Callable[[dict], None] = lambda record: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> NaturalPrior:
     """Trains (or resumes) a natural-image prior on folders of images or tar shards.
 
-    Writes `out/training.pt` (resume state) and returns the model with averaged weights.
+    Writes `out/training.pt` (resume state) and `out/log.jsonl`, and returns the model with averaged weights; also where
+    `stop()`, asked before each step, ends it early.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -99,7 +101,7 @@ def train_image_prior(
         c_out2 = (sigma * network.sigma_data) ** 2 / (sigma**2 + network.sigma_data**2)
         return balance(error / c_out2, sigma)
 
-    for record in trainer.run(loss_of):
+    for record in trainer.run(loss_of, stop):
         report(record)
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")

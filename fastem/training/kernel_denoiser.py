@@ -35,7 +35,7 @@ class KernelPool:
 
     def __init__(self, count: int, device: str | torch.device = "cpu") -> None:
         names, shares = list(FAMILIES), np.array(list(FAMILIES.values()))
-        self.sizes, self.shares = list(SIZES), torch.tensor(list(SIZES.values()), dtype=torch.float64)
+        self.sizes, self.shares = list(SIZES), torch.tensor(list(SIZES.values()), device=device)
         rng = np.random.Generator(np.random.PCG64(FIRST_SEED))
         self.kernels: dict[int, Tensor] = {}
         seed = FIRST_SEED
@@ -135,11 +135,12 @@ def train_kernel_denoiser(
     device: str = "cpu",
     num_kernels: int = 20_000,
     report: Callable[[dict], None] = lambda record: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> KernelDenoiser:
     """Trains (or resumes) a kernel denoiser on synthetic kernels; `config.patch` is not used.
 
     Writes `out/training.pt` (resume state), `out/log.jsonl` and `out/kernel.safetensors`, and returns the model with
-    averaged weights.
+    averaged weights; also where `stop()`, asked before each step, ends it early.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -153,7 +154,7 @@ def train_kernel_denoiser(
         error = (model(noisy, noise_std) - clean).square().mean(dim=(1, 2, 3))
         return balance(error / noise_std**2, noise_std)
 
-    for record in trainer.run(loss_of):
+    for record in trainer.run(loss_of, stop):
         report(record)
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
