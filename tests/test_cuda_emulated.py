@@ -1,0 +1,296 @@
+"""The CUDA sources, run on the CPU by csrc/cuda/emulate, against the specification in float64.
+
+This shows that the indexing, the shared memory and the barriers of the .cu files are right where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from ctypes import c_double, c_float, c_int64, c_void_p
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastem.ops import reference
+
+CSRC = Path(__file__).parents[1] / "csrc"
+TOLERANCE = 2e-6
+GUARD = 64  # poisoned elements on both sides of every result
+KERNELS = pytest.mark.parametrize("size", [(5, 5), (33, 33), (4, 6), (1, 1), (7, 2), (9, 50)], ids=str)
+FLAT = pytest.mark.parametrize("size", [(8, 8), (33, 31), (1, 1)], ids=str)
+SEEDS = torch.tensor([0, -5, (1 << 40) + 3])
+
+if not CSRC.is_dir() or shutil.which("g++") is None:
+    pytest.skip("needs the C++ sources and g++", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    library = tmp_path_factory.mktemp("emulate") / "emulated.so"
+    sources = [*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda" / "emulate").glob("*.cpp")]
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-DFASTEM_CUDA", "-o", library, "-x", "c++"]
+    includes = [f"-I{CSRC / 'cuda' / 'emulate'}", f"-I{CSRC / 'include'}"]
+    subprocess.run([*command, *includes, *sources], check=True, env=os.environ | {"LC_ALL": "C"})
+    loaded = ctypes.CDLL(str(library))
+    for name in ("chain", "recentre", "simplex_least_squares"):
+        getattr(loaded, f"{name}_scratch_floats").restype = c_int64
+    return loaded
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["forward", "reverse"])
+def device(cuda, request):
+    """A small device whose threads run in one order, then in the other: a missing barrier shows in one of them."""
+    use_device(cuda, reverse=request.param)
+
+
+def use_device(cuda, *, n_sm=4, shared=100 << 10, reverse=False):
+    cuda.emulate_device(n_sm, shared, int(reverse))
+
+
+def random(*shape, seed=0, low=-1.0, high=1.0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
+
+
+def half_spectrum(*shape, seed=0):
+    return torch.fft.rfft2(random(*shape, seed=seed)).to(torch.complex64)
+
+
+def call(function, *args):
+    """Calls with tensors as pointers, Python floats as C floats; results are guarded, see `result`."""
+    as_c = {int: c_int64, bool: c_int64, float: c_float}
+    status = function(*(_pointer(a) if a is None or isinstance(a, torch.Tensor) else as_c.get(type(a), lambda v: v)(a)
+                        for a in args))  # fmt: skip
+    assert status == 0, f"CUDA status {status}"
+    for tensor in args:
+        if isinstance(tensor, torch.Tensor) and tensor.storage_offset() == GUARD:
+            whole = tensor.new_empty(0).set_(tensor.untyped_storage())
+            for guard in (whole[:GUARD], whole[-GUARD:]):
+                assert guard.isnan().all(), "written outside of the result"
+
+
+def _pointer(tensor):
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else c_void_p(tensor.data_ptr())
+
+
+def result(*shape, dtype=torch.float32):
+    """A poisoned tensor between poisoned guards."""
+    count = torch.Size(shape).numel()
+    return torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype)[GUARD : GUARD + count].view(shape)
+
+
+def wide(*tensors):
+    double = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+    return tuple(None if t is None else t.to(double.get(t.dtype, t.dtype)) for t in tensors)
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE):
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+@FLAT
+def test_wiener_guidance(cuda, size):
+    X, Y, K = half_spectrum(2, 3, 3, *size), half_spectrum(2, 3, *size, seed=1), half_spectrum(2, 1, *size, seed=2)
+    K /= size[0] * size[1]
+    sigma2, r2 = random(2, low=1e-3, high=1e-2), random(2, low=0.1, high=0.6)
+    V = result(*X.shape, dtype=X.dtype)
+    call(cuda.wiener_guidance, X, Y, K, sigma2, r2, V, 2, 3, 3, K[0].numel())
+    assert_close(V, reference.wiener_guidance(*wide(X, Y, K, sigma2, r2)))
+
+
+@FLAT
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_spectral_sums(cuda, size, per_channel):
+    X, Y = half_spectrum(2, 4, 3, *size), half_spectrum(2, 3, *size, seed=1)
+    expected = reference.spectral_sums(*wide(X, Y), per_channel)
+    Sxy, Sxx = result(*expected[0].shape, dtype=X.dtype), result(*expected[1].shape)
+    call(cuda.spectral_sums, X, Y, Sxy, Sxx, 2, 4, 3, Y[0, 0].numel(), per_channel)
+    assert_close(Sxy, expected[0])
+    assert_close(Sxx, expected[1])
+
+
+@pytest.mark.parametrize("count", [1, 7, 4096, 5001])
+def test_predict_x0_and_step_update(cuda, count):
+    x_t, eps = random(count, low=-2, high=2), random(count, seed=1)
+    x0_hat, mask = result(count), result(count)
+    call(cuda.predict_x0, x_t, eps, x0_hat, mask, c_double(0.6), count)
+    expected, expected_mask = reference.predict_x0(*wide(x_t, eps), 0.6)
+    assert_close(x0_hat, expected)
+    assert (mask != expected_mask).sum() <= 1  # a value on the bound may round to either side
+    noise, guidance = random(count, seed=2), random(count, seed=3)
+    for given, std in ((noise, 0.3), (None, 0.0)):
+        for guide in (guidance, None):
+            out = result(count)
+            call(cuda.step_update, x_t, x0_hat, given, guide, out, 0.4, 0.6, std, -0.7, count)
+            assert_close(out, reference.step_update(*wide(x_t, x0_hat, noise, guide), 0.4, 0.6, std, -0.7))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 33, 31), (5,), (1,)], ids=str)
+def test_philox(cuda, shape):
+    noise = reference.philox_normal(SEEDS, 2, shape, 7, 1)
+    z, count = result(*noise.shape), noise[0, 0].numel()
+    call(cuda.philox_normal, SEEDS, z, 3, 2, count, 7, 1)
+    assert_close(z, noise.double())
+    x_t, x0_hat, guidance = (random(*noise.shape, seed=i) for i in range(3))
+    for guide in (guidance, None):
+        out = result(*noise.shape)
+        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guide, out, 0.4, 0.6, 0.3, -0.7, 3, 2, count, 7, 1)
+        assert_close(out, reference.step_update(*wide(x_t, x0_hat, noise, guide), 0.4, 0.6, 0.3, -0.7))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 7, 5), (1, 1, 1, 1), (3, 2, 33, 31)], ids=str)
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_film_silu(cuda, shape, film, channels_last):
+    samples, chan = shape[:2]
+    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
+    x, grad = random(*shape, low=-4, high=4), random(*shape, seed=1)
+    both = random(samples, 2 * chan, seed=2)  # halves of one projection, as the network makes them
+    scale, shift = both.chunk(2, dim=1) if film else (None, None)
+    pointers = [c_void_p(t.data_ptr()) if film else None for t in (scale, shift)]
+    stored = [t.permute(order).contiguous() for t in (x, grad)]
+    expected = [reference.film_silu(*wide(x, scale, shift)), reference.film_silu_backward(*wide(grad, x, scale, shift))]
+    for given, truth in zip((None, stored[1]), expected, strict=True):
+        out = result(*stored[0].shape)
+        call(cuda.film_silu, given, stored[0], *pointers, 2 * chan, out, samples, chan, shape[2] * shape[3], channels_last)
+        assert_close(out, truth.permute(order))
+
+
+@pytest.mark.parametrize("image", [(64, 64), (33, 50), (70, 41)], ids=str)
+@pytest.mark.parametrize("size", [(33, 33), (4, 6), (1, 1)], ids=str)
+def test_psf_to_otf(cuda, size, image):
+    k = random(2, 1, *size, low=0, high=1)
+    k /= k.sum((-2, -1), keepdim=True)
+    expected = reference.psf_to_otf(*wide(k), image)
+    R, K = result(2, size[0], expected.shape[-1], dtype=torch.complex64), result(*expected.shape, dtype=torch.complex64)
+    call(cuda.psf_to_otf, k, R, K, 2, *size, *image)
+    assert_close(K, expected)
+
+
+def affine(h, w, seed=0):
+    """a, g and k of an M-step: g an autocorrelation, k a kernel."""
+    signal = random(2, 1, 2 * h + 3, 2 * w + 3, seed=seed).double()
+    G = torch.fft.rfft2(signal, s=(8 * h, 8 * w)).abs() ** 2
+    g = reference.crop_support(torch.fft.irfft2(G, s=(8 * h, 8 * w)), 2 * h - 1, 2 * w - 1)
+    g = (g / g.abs().sum((-2, -1), keepdim=True)).float().contiguous()
+    k = random(2, 1, h, w, low=0, high=1, seed=seed + 1)
+    return random(2, 1, h, w, low=-0.3, high=1, seed=seed + 2) / (h * w), g, k / k.sum((-2, -1), keepdim=True)
+
+
+@KERNELS
+def test_convolve_support(cuda, size):
+    _, g, k = affine(*size)
+    g += 0.1 * random(*g.shape) / g[0].numel()  # not symmetric: a flipped index shows
+    z = result(*k.shape)
+    call(cuda.convolve_support, g, k, z, 2, *size)
+    assert_close(z, reference.convolve_support(*wide(g, k)))
+
+
+@KERNELS
+def test_projections(cuda, size):
+    z = random(3, 1, *size, low=-0.5, high=1)
+    k, nearest = result(*z.shape), result(*z.shape)
+    z[0] = z[0].abs()  # at least one value is positive
+    z[1:] = z[1:].abs().neg() + 2 * torch.nn.functional.one_hot(torch.tensor(0), z[0].numel()).view(1, *size)
+    call(cuda.project_kernel, z, k, 3, *size)
+    assert_close(k, reference.project_kernel(*wide(z)))
+    z = random(3, 1, *size, low=-0.5, high=1, seed=4)
+    call(cuda.project_simplex, z, nearest, 3, *size)
+    assert_close(nearest, reference.project_simplex(*wide(z)))
+
+
+def test_projections_of_nothing_and_of_nan_give_nan(cuda):
+    z = torch.stack([-torch.ones(1, 4, 4), torch.ones(1, 4, 4)])
+    z[1, 0, 2, 2] = torch.nan
+    k, nearest = result(*z.shape), result(*z.shape)
+    call(cuda.project_kernel, z, k, 2, 4, 4)
+    call(cuda.project_simplex, z, nearest, 2, 4, 4)
+    assert k.isnan().all()
+    assert torch.equal(nearest[0], reference.project_simplex(z[:1])[0]) and nearest[1].isnan().any()
+
+
+@pytest.mark.parametrize("shared", [100 << 10, 1 << 10], ids=["shared", "scratch"])
+@pytest.mark.parametrize("size", [(5, 5), (11, 8), (1, 1)], ids=str)
+def test_simplex_least_squares(cuda, size, shared, request):
+    use_device(cuda, shared=shared, reverse="reverse" in request.node.name)
+    b, g, k = affine(*size)
+    out, scratch = result(*k.shape), result(cuda.simplex_least_squares_scratch_floats(2, *size))
+    call(cuda.simplex_least_squares, g, b, k, out, scratch, 2, *size, 5)
+    assert_close(out, reference.simplex_least_squares(*wide(g, b, k), 5))
+
+
+@pytest.mark.parametrize("shared", [100 << 10, 1 << 9], ids=["shared", "scratch"])
+@pytest.mark.parametrize("size", [(33, 33), (8, 9), (1, 1), (2, 2), (3, 1), (16, 5)], ids=str)
+def test_recentre(cuda, size, shared, request):
+    use_device(cuda, shared=shared, reverse="reverse" in request.node.name)
+    k = random(3, 1, *size, low=0, high=1) ** 4
+    k[1] = torch.nan
+    k[2] = 0
+    out, scratch = result(*k.shape), result(cuda.recentre_scratch_floats(3, *size))
+    call(cuda.recentre, k, out, scratch, 3, *size)
+    expected = reference.recentre(*wide(k))
+    assert_close(out[:1], expected[:1])
+    assert not out[1:].any()
+
+
+class Chain:
+    """A random denoiser chain, and the C arrays that describe it."""
+
+    def __init__(self, widths, biased=True):
+        self.widths = widths
+        pairs = list(zip(widths[1:], widths[:-1], strict=True))
+        self.weights = [random(o, i, 3, 3, seed=n) / (1.5 * i**0.5) for n, (o, i) in enumerate(pairs)]
+        self.weights[-1] = self.weights[-1].abs()  # something is positive: no kernel without mass
+        self.biases = [0.1 * random(o, seed=50 + n) if biased else None for n, (o, _) in enumerate(pairs)]
+        self.scale = 50.0
+
+    def run(self, cuda, a, g, k, noise_std, num_iters):
+        count, size, layers = k.shape[0], k.shape[-2:], len(self.weights)
+        widths = (c_int64 * len(self.widths))(*self.widths)
+        pointers = [(c_void_p * layers)(*(t.data_ptr() if t is not None else None for t in ts))
+                    for ts in (self.weights, self.biases)]  # fmt: skip
+        scratch = cuda.chain_scratch_floats(c_int64(count), *map(c_int64, size), widths, c_int64(layers))
+        out = result(*k.shape)
+        call(cuda.hqs_chain, a, g, k, noise_std, out, result(scratch), count, *size, *pointers, widths, layers,
+             self.scale, num_iters)  # fmt: skip
+        return out
+
+    def spec(self):
+        return [w.double() for w in self.weights], [None if b is None else b.double() for b in self.biases], self.scale
+
+
+NOISE = torch.tensor([0.003, 0.02])
+CHAINS = {"narrow": [2, 5, 3, 1], "wide": [2, 32, 36, 1], "single": [2, 1]}
+
+
+@pytest.mark.parametrize("size", [(5, 5), (1, 1), (13, 10), (4, 85)], ids=str)
+@pytest.mark.parametrize("widths", CHAINS.values(), ids=CHAINS)
+def test_denoise_chain(cuda, size, widths):
+    chain, (_, _, k) = Chain(widths), affine(*size)
+    assert_close(chain.run(cuda, None, None, k, NOISE, 1), reference.denoise_chain(*wide(k, NOISE), *chain.spec()))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_hqs_chain(cuda, biased):
+    a, g, k = affine(13, 10)
+    chain = Chain(CHAINS["wide"], biased)
+    actual = chain.run(cuda, a, g, k, NOISE, 3)
+    assert_close(actual, reference.hqs_chain(*wide(a, g, k, NOISE), *chain.spec(), 3))
+
+
+def test_hqs_chain_is_the_same_to_the_bit_on_any_device_and_in_any_company(cuda):
+    """One block or a team of four per image, kernels and g in shared memory or not, images alone or together."""
+    a, g, k = affine(7, 6)
+    chain = Chain(CHAINS["narrow"])
+    expected = chain.run(cuda, a, g, k, NOISE, 2)
+    assert_close(expected, reference.hqs_chain(*wide(a, g, k, NOISE), *chain.spec(), 2))
+    for n_sm, shared in ((1, 100 << 10), (3, 100 << 10), (8, 100 << 10), (8, 53 << 10)):
+        use_device(cuda, n_sm=n_sm, shared=shared)
+        assert torch.equal(chain.run(cuda, a, g, k, NOISE, 2), expected)
+        assert torch.equal(chain.run(cuda, a[1:], g[1:], k[1:], NOISE[1:], 2), expected[1:])
