@@ -174,7 +174,8 @@ def _register(
         (moved, gain, residual), shift = best
         slopes = [gain * _inside(_derivative(moved, axis), border).flatten() for axis in (-2, -1)]
         columns = torch.stack([*slopes, _inside(moved, border).flatten()] if free_gain else slopes)
-        step = torch.linalg.lstsq(columns @ columns.T, columns @ residual.flatten(), driver="gelsd").solution
+        normal, right = (columns @ columns.T).cpu(), (columns @ residual.flatten()).cpu()
+        step = torch.linalg.lstsq(normal, right, driver="gelsd").solution  # any rank: an image may be constant
         candidate = tuple(max(-limit, min(limit, u + du)) for u, du in zip(shift, step.tolist(), strict=False))
         fitted = fit(candidate)
         if not fitted[2].square().sum() < residual.square().sum():
@@ -249,14 +250,16 @@ def _tensor(x: Array, what: str) -> Tensor:
         x = torch.from_numpy(np.array(x, np.float64))  # a copy: any stride, byte order or read-only memory will do
     if x.numel() == 0:
         raise ValueError(f"{what} is empty: {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError(f"{what} has values that are not finite")
     return x.detach().double() / largest
 
 
 def _image_pair(a: Array, b: Array) -> tuple[Tensor, Tensor]:
     """Both as float64 `(..., C, H, W)` or `(H, W)` on one device."""
+    first, second = _channels_first(a), _channels_first(b)
     if tuple(a.shape) != tuple(b.shape):
         raise ValueError(f"images to compare have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    first, second = _channels_first(a), _channels_first(b)
     if first.shape != second.shape:
         raise ValueError("images to compare are both ndarrays (H, W, C) or both tensors (C, H, W)")
     return first, second.to(first.device)

@@ -211,19 +211,20 @@ def _render(path: np.ndarray, size: int, blur: float, length: float | None = Non
     if length is not None:
         path = path * (length / max(np.hypot(*np.ptp(path, axis=0)), 1e-9))
     path = path - _dense(path).mean(0)
-    path = path * min(1.0, (reach - radius) / max(abs(path).max(), 1e-9))
+    half = reach - radius
+    path = path * min(1.0, half / max(abs(path).max(), 1e-9))
     points = _dense(path)
-    points = points - points.mean(0) + size // 2  # the number of dense points depends on the scale: centre them again
-    points = points.clip(radius + (size + 1) % 2, size - 1 - radius)
+    points = points - points.mean(0)  # again: how dense it gets depends on the scale
+    points = points.clip(-half, half) + size // 2
 
-    base = np.minimum(points.astype(int), size - 2) if size > 1 else points.astype(int)
+    base = points.astype(int)
     frac = points - base
-    k = np.zeros(size * size)
+    side = size + 1  # one more, for the zero weights beyond a point on the last pixel
+    k = np.zeros(side * side)
     for i, row in enumerate((1 - frac[:, 0], frac[:, 0])):
         for j, col in enumerate((1 - frac[:, 1], frac[:, 1])):
-            index = np.minimum(base[:, 0] + i, size - 1) * size + np.minimum(base[:, 1] + j, size - 1)
-            k += np.bincount(index, row * col, size * size)
-    k = k.reshape(size, size)
+            k += np.bincount((base[:, 0] + i) * side + base[:, 1] + j, row * col, side * side)
+    k = k.reshape(side, side)[:size, :size]
     if radius:
         taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / blur) ** 2)
         k = _convolve_axis(_convolve_axis(k, taps, 0), taps, 1)

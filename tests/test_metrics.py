@@ -6,7 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastem import metrics
 from fastem.metrics import (
     align,
     chi2,
@@ -107,6 +106,12 @@ def test_alignment_never_lowers_psnr(seed, max_shift):
     assert psnr_aligned(a, b, max_shift=max_shift, border=border) >= psnr(a[inside], b[inside]) - 1e-9
 
 
+def test_constant_images_can_be_aligned():
+    """No slope, so no shift: the system of the Gauss-Newton step is singular."""
+    found = align(np.full((40, 40), 0.4), np.full((40, 40), 0.5), max_shift=4)
+    assert found.gain == pytest.approx(1.25) and found.psnr > 100
+
+
 def test_border_is_left_out():
     x = scene()
     spoilt = x.clone()
@@ -130,7 +135,9 @@ def test_mismatched_images_are_refused():
     with pytest.raises(ValueError, match="nothing inside a border of 16"):
         psnr_aligned(np.zeros((32, 64)), np.zeros((32, 64)))
     with pytest.raises(TypeError, match="numpy.asarray"):
-        metrics.psnr_aligned(np.zeros((4, 4)), memoryview(np.zeros((4, 4))))
+        psnr([[0.0]], [[0.0]])
+    with pytest.raises(ValueError, match="not finite"):
+        psnr(np.full((4, 4), np.nan), np.zeros((4, 4)))
     with pytest.raises(ValueError, match="empty"):
         psnr(np.zeros((0, 4)), np.zeros((0, 4)))
 
