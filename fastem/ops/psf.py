@@ -15,7 +15,7 @@ __all__ = [
     "project_simplex", "psf_to_otf", "recentre", "simplex_least_squares",
 ]  # fmt: skip
 
-_PRUNED_ROWS = 160  # kernels up to this height: a pruned transform beats an FFT of the padded kernel
+_PRUNED_ROWS = 40  # kernels up to this height: a pruned transform beats an FFT of the padded kernel
 
 
 def psf_to_otf(k: Tensor, size: tuple[int, int]) -> Tensor:
