@@ -122,6 +122,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
         cut = isinstance(error, EOFError) or "truncated" in reason.lower() or any("W_NO_END" in n for n in notes)
         raise InputError("E_TRUNCATED" if cut else "E_UNREADABLE", f"cannot decode this {kind}: {reason}") from error
     _check_finite(picture.pixels)
+    picture.warnings += _range_note(picture.pixels)
     picture.sha256, picture.format = hashlib.sha256(data).hexdigest(), kind
     return picture
 
@@ -192,6 +193,13 @@ def _check_finite(pixels: np.ndarray) -> None:
         bad = np.argwhere(~finite)
         where = f"first at row {bad[0][0]}, column {bad[0][1]}"
         raise InputError("E_NONFINITE", f"{len(bad)} values are NaN or infinite, {where}")
+
+
+def _range_note(pixels: np.ndarray) -> list[str]:
+    low, high = pixels.min(), pixels.max()
+    if pixels.dtype.kind != "f" or (low >= 0 and high <= 1):
+        return []
+    return [f"W_RANGE: values from {low:.3g} to {high:.3g}; results are clipped to 0..1"]
 
 
 @dataclass

@@ -1,0 +1,3 @@
+from fastem.cli import main
+
+main()

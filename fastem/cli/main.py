@@ -1,0 +1,78 @@
+"""The `fastem` program: its commands, and the one place where failures become exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NoReturn
+
+import typer
+
+from fastem.cli import console, deblur, degrade, doctor, train
+from fastem.cli.console import ExitCode
+
+UsageError = typer.BadParameter.__base__  # typer's own copy of click has no public name for it
+
+app = typer.Typer(
+    name="fastem",
+    help="Blind deblurring: a blurred photo in, a sharp one and its blur kernel out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help, and no import of rich for it
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog="example: fastem deblur photo.jpg -o out/ --sigma 5")(deblur.deblur)
+app.command(epilog="example: fastem degrade sharp/ -o blurred/ --sigma 5 --kernel-size 33")(degrade.degrade)
+app.add_typer(train.app, name="train")
+app.command()(doctor.doctor)
+app.command()(doctor.models)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and leaves the process with its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone: be quiet, as every filter is
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.PIPE
+    sys.exit(int(code))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of a command; failures are told in one line on stderr (with a traceback after --debug)."""
+    console.debug = False
+    try:
+        return app(args=list(arguments), prog_name="fastem", standalone_mode=False) or ExitCode.DONE
+    except UsageError as error:
+        _tell_usage(error)
+        return ExitCode.USAGE
+    except (typer.Abort, KeyboardInterrupt):
+        console.tell("interrupted", "finished results are complete, the one in progress is absent")
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        console.tell_error(error)
+        return console.exit_code_of(error)
+
+
+def _tell_usage(error: Exception) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text
+        print(error.format_message(), file=sys.stderr)
+        return
+    message = error.format_message().removeprefix("Invalid value: ")
+    if near := get_close_matches(getattr(error, "option_name", ""), getattr(error, "possibilities", None) or [], 1):
+        message = f"No such option: {error.option_name}. Did you mean {near[0]}?"
+    context = getattr(error, "ctx", None)
+    console.tell("E_USAGE", message, f"See {context.command_path if context else 'fastem'} --help")
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    console.tell("terminated", "finished results are complete, the one in progress is absent")
+    sys.exit(ExitCode.TERMINATED)

@@ -1,0 +1,112 @@
+"""`fastem train`"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastem.cli import console
+
+app = typer.Typer(
+    help="Train the priors. Ctrl-C stops a run; the same command goes on where it was.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Minutes = Annotated[
+    float | None, typer.Option(min=0.01, help="wall-clock time of this call", show_default="the recipe's")
+]
+Cooldown = Annotated[
+    float | None,
+    typer.Option(min=0, help="minutes of decay at the end; 0 to go on later at the full rate", show_default="a fifth"),
+]
+Out = Annotated[Path, typer.Option("-o", "--out", help="folder of the run: its state, log and weights")]
+Seed = Annotated[int, typer.Option(min=0, help="same seed, same run on the same machine")]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="where to compute")]
+
+
+@app.command("image-prior", epilog="example: fastem train image-prior photos/ shard.tar -o run/ --minutes 120")
+def image_prior(
+    data: Annotated[list[Path], typer.Argument(help="folders of images, or tar shards", show_default=False)],
+    out: Out = Path("run-image-prior"),
+    minutes: Minutes = None,
+    cooldown: Cooldown = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="patches per step")] = 32,
+    patch: Annotated[int, typer.Option(min=16, help="side of a patch, pixels")] = 48,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: console.ProgressOption = "auto",
+    debug: console.Debug = False,
+) -> None:
+    """Train a natural-image prior on your own photos; gives OUT/natural.safetensors for fastem deblur --prior."""
+    from fastem.models import save_natural
+    from fastem.training import TrainConfig, train_image_prior
+
+    if missing := [str(path) for path in data if not path.exists()]:
+        raise console.OptionError(f"no such file or folder: {', '.join(missing[:3])}")
+    config = replace(_timed(TrainConfig(), minutes, cooldown), batch_size=batch_size, patch=patch, seed=seed)
+    with console.options_checked(), _running(config.minutes, progress) as (report, stop):
+        model = train_image_prior(data, out, config, device=_device(device), report=report, stop=stop)
+    save_natural(out / "natural.safetensors", model, r2=None, card={"recipe": asdict(config)})
+    print(out / "natural.safetensors")
+
+
+@app.command("kernel-denoiser", epilog="example: fastem train kernel-denoiser -o run/ --minutes 12")
+def kernel_denoiser(
+    out: Out = Path("run-kernel-denoiser"),
+    minutes: Minutes = None,
+    cooldown: Cooldown = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: console.ProgressOption = "auto",
+    debug: console.Debug = False,
+) -> None:
+    """Train the denoiser of blur kernels on synthetic ones; gives OUT/kernel.safetensors."""
+    from fastem.training import train_kernel_denoiser
+    from fastem.training.kernel_denoiser import DEFAULTS
+
+    config = replace(_timed(DEFAULTS, minutes, cooldown), seed=seed)
+    with console.options_checked(), _running(config.minutes, progress) as (report, stop):
+        train_kernel_denoiser(out, config, device=_device(device), report=report, stop=stop)
+    print(out / "kernel.safetensors")
+
+
+def _timed(config, minutes: float | None, cooldown: float | None):
+    """The recipe over another time; the cool-down keeps its share unless it is given."""
+    minutes = config.minutes if minutes is None else minutes
+    share = config.cooldown / config.minutes
+    return replace(config, minutes=minutes, cooldown=share * minutes if cooldown is None else cooldown)
+
+
+def _device(name: str) -> str:
+    from fastem.runtime import resolve_device
+
+    return str(resolve_device(name))
+
+
+@contextmanager
+def _running(minutes: float, mode: console.ProgressMode) -> Iterator[tuple[Callable[[dict], None], Callable[[], bool]]]:
+    """A reporter that drives the bar, and a stop that Ctrl-C and SIGTERM pull: the run ends with its state saved."""
+    pulled = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda n, frame: pulled.append(n)) for number in signals}
+    try:
+        with console.Progress(mode) as bar:
+
+            def report(record: dict) -> None:
+                text = f"step {record['step']}  loss {record['loss']:.4f}  {record['samples_per_s']:.0f} samples/s"
+                bar(text, record["minutes"], minutes)
+
+            yield report, lambda: bool(pulled)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if pulled:
+        console.tell("interrupted", "the state is saved; the same command goes on from here")
+        raise typer.Exit(128 + pulled[0])
