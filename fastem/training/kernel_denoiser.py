@@ -76,8 +76,8 @@ def sample_noise_std(count: int, generator: torch.Generator) -> Tensor:
 def perturb(k: Tensor, noise_std: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noisy kernels `(B, 1, h, w)` and the actual std of their error `(B,)`.
 
-    Half the errors are white, a quarter is the noise of a least-squares estimate, a quarter the whole error of an
-    M-step. A third of the kernels loses its negative values.
+    Four in ten errors are white, two are the noise of a least-squares estimate, four the whole error of an M-step.
+    Half the kernels lose their negative values.
     """
 
     def uniform(*shape: int) -> Tensor:
@@ -86,9 +86,9 @@ def perturb(k: Tensor, noise_std: Tensor, generator: torch.Generator) -> tuple[T
     white = torch.randn(k.shape, generator=generator, device=k.device)
     noise, error = estimation_errors(k, generator)
     pick = uniform(1, 1, 1)
-    e = torch.where(pick < 0.5, white, torch.where(pick < 0.75, _unit_rms(noise), _unit_rms(error)))
+    e = torch.where(pick < 0.4, white, torch.where(pick < 0.6, _unit_rms(noise), _unit_rms(error)))
     noisy = k + noise_std.view(-1, 1, 1, 1) * e
-    noisy = torch.where(uniform(1, 1, 1) < 1 / 3, noisy.clamp(min=0), noisy)
+    noisy = torch.where(uniform(1, 1, 1) < 0.5, noisy.clamp(min=0), noisy)
     return noisy, (noisy - k).square().mean(dim=(1, 2, 3)).sqrt()
 
 
