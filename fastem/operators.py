@@ -71,3 +71,66 @@ def check_fits(k: Tensor, size: tuple[int, int]) -> None:
             f"the kernel {k.shape[-2]}x{k.shape[-1]} is larger than the image {size[0]}x{size[1]}; "
             "choose a smaller kernel size or pad the image"
         )
+
+
+# ------------------------------------------------------------------------------------ photographs are not periodic
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A periodic frame around an image: the image sits at the top left, the margin below and right joins its borders."""
+
+    height: int
+    width: int
+    image: tuple[int, int]  # size of the image inside
+
+    @classmethod
+    def around(cls, image: tuple[int, int], margin: tuple[int, int], multiple: int = 8) -> Canvas:
+        """At least `margin` pixels of join in each direction, sizes rounded up to where FFTs are fast."""
+        return cls(*(fast_size(n + m, multiple) for n, m in zip(image, margin, strict=True)), image)
+
+    def extend(self, y: Tensor) -> Tensor:
+        """`(..., H, W)` -> `(..., height, width)`: continues the image smoothly from its bottom to its top, right to left."""
+        y = _join_ends(y, self.height - self.image[0], dim=-2)
+        return _join_ends(y, self.width - self.image[1], dim=-1)
+
+    def crop(self, x: Tensor) -> Tensor:
+        return x[..., : self.image[0], : self.image[1]]
+
+    def impute(self, y: Tensor, inside: Tensor) -> Tensor:
+        """`y` with its margin replaced by that of `inside`, such as the blurred estimate: what was never observed."""
+        out = inside.clone()
+        out[..., : self.image[0], : self.image[1]] = y[..., : self.image[0], : self.image[1]]
+        return out
+
+
+def fast_size(n: int, multiple: int) -> int:
+    """The next multiple of `multiple` whose prime factors are at most 7."""
+    n = -(-n // multiple) * multiple
+    while True:
+        rest = n
+        for p in (2, 3, 5, 7):
+            while rest % p == 0:
+                rest //= p
+        if rest == 1:
+            return n
+        n += multiple
+
+
+def _join_ends(y: Tensor, margin: int, dim: int) -> Tensor:
+    """Appends `margin` samples along `dim`: the mirrored end fading (raised cosine) into the mirrored beginning."""
+    size = y.shape[dim]
+    if margin == 0:
+        return y
+    i = torch.arange(margin, device=y.device)
+    after = y.index_select(dim, _reflect(size + i, size))  # mirrored at the end
+    before = y.index_select(dim, _reflect(i - margin, size))  # mirrored at the beginning, of the next period
+    fade = 0.5 - 0.5 * torch.cos(torch.pi * (i + 1) / (margin + 1))
+    fade = fade.to(y.dtype).view([-1] + [1] * (-1 - dim))
+    return torch.cat([y, after + fade * (before - after)], dim=dim)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Any integer index -> 0..size-1, mirrored with the border sample repeated."""
+    index = index.remainder(2 * size)
+    return torch.minimum(index, 2 * size - 1 - index)

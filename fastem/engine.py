@@ -1,0 +1,352 @@
+"""The engine a user holds: `Deblurrer` restores images of unknown blur, one call per image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastem import io, noise, runtime
+from fastem.em import HQS, KernelEstimator, Known, diffusion_em
+from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean
+from fastem.models import EpsModel, load_kernel_denoiser, load_model
+from fastem.mstep import PnP
+from fastem.operators import Canvas, Observation, blur
+from fastem.ops.backend import use_backend
+from fastem.samplers import DDPM, PhiloxNoise, Renoise, Rule, Sample, sample
+from fastem.schedules import Schedule
+
+SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
+MIN_SIDE = 8  # pixels
+SIGMA_MAX, SIGMA_MIN = 3.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
+
+
+class Method(StrEnum):
+    FAST_EM = "fast-em"
+    DIFFUSION_EM = "diffusion-em"
+    KNOWN = "known"
+
+
+class Guide(StrEnum):
+    MEAN = "mean"
+    PIGDM = "pigdm"
+    DPS = "dps"
+
+
+class NumericError(ArithmeticError):
+    """The restoration is not finite; nothing of it is returned."""
+
+
+@dataclass
+class Restoration:
+    """What became of one image."""
+
+    image: Any  # restored: same type, dtype and size as the input
+    kernel: np.ndarray  # (h, w) float32, >= 0, sums to 1, origin (h // 2, w // 2)
+    samples: np.ndarray  # (n, H, W, C) float32 in [0, 1], all particles
+    sigma: float  # std of the noise used, image units
+    sigma_estimated: bool
+    reblur: float  # chi^2 = ||k * x - y||^2 / (M sigma^2): about 1 where the model explains the image
+    trace: list[dict] = field(default_factory=list)  # one record per step
+    warnings: list[str] = field(default_factory=list)
+
+    def mean(self) -> np.ndarray:
+        """`(H, W, C)`: mean of the particles (PSNR-SA is measured on it)."""
+        return self.samples.mean(axis=0)
+
+    def std(self) -> np.ndarray:
+        """`(H, W, C)`: spread of the particles, an uncertainty map; 0 for one particle."""
+        return self.samples.std(axis=0)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An input of any accepted type as `(1, 3, H, W)` float32 in [0, 1], and the way back."""
+
+    y: Tensor
+    like: Any
+    gray: bool
+
+    def back(self, x: Tensor) -> Any:
+        """`(C, H, W)` in [0, 1] -> the type, dtype and layout of the input."""
+        x = x.detach().cpu().float()
+        if self.gray:
+            x = x.mean(dim=0, keepdim=True)
+        like = self.like
+        if isinstance(like, Tensor):
+            return _quantise(x.view_as(like) if like.dim() == 2 else x, like.dtype)
+        array = _quantise(x.permute(1, 2, 0), torch.from_numpy(np.empty(0, _dtype_of(like))).dtype).numpy()
+        if isinstance(like, Image.Image):
+            return Image.fromarray(array[..., 0] if self.gray else array)
+        return array.reshape(like.shape)
+
+
+def _dtype_of(like: Any) -> np.dtype:
+    return np.dtype(np.uint8) if isinstance(like, Image.Image) else like.dtype
+
+
+def _quantise(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype.is_floating_point:
+        return x.to(dtype)
+    levels = torch.iinfo(dtype).max
+    return (x.double().clamp(0, 1) * levels).round().to(dtype)
+
+
+def _picture(image: Any) -> _Picture:
+    if isinstance(image, (str, Path)):
+        image = io.read_image(image).pixels
+    if isinstance(image, Image.Image):
+        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        array = np.asarray(image)
+    elif isinstance(image, Tensor):
+        array = image.detach().cpu()
+        array = (array if array.dim() == 2 else array.permute(1, 2, 0)).numpy() if array.dim() in (2, 3) else array.numpy()
+    else:
+        array = np.asarray(image)
+        image = array
+    if array.ndim == 3 and array.shape[2] not in (1, 3) or array.ndim not in (2, 3):
+        raise ValueError(
+            f"an image is (H, W), (H, W, 1) or (H, W, 3) as an array, (C, H, W) as a tensor; got shape {tuple(image.shape)}. "
+            "Carry an alpha channel beside it."
+        )
+    if min(array.shape[:2]) < MIN_SIDE:
+        raise ValueError(f"an image has at least {MIN_SIDE} pixels on each side, got {array.shape[1]}x{array.shape[0]}")
+    if array.dtype.kind not in "uf" or array.dtype.itemsize > 8 or array.dtype.kind == "u" and array.dtype.itemsize > 2:
+        raise ValueError(f"images are uint8, uint16 or floating point in [0, 1], got {array.dtype}")
+    scale = np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1
+    y = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale))
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("the image holds NaN or infinite values")
+    y = y[None] if y.dim() == 2 else y.permute(2, 0, 1)
+    return _Picture(y.expand(3, -1, -1)[None].contiguous(), image, gray=y.shape[0] == 1)
+
+
+class Deblurrer:
+    """Restores blurry images and finds their blur kernels. Holds the networks; call it as often as you like.
+
+    Args:
+        prior: the diffusion prior: a bundled name (`"natural"`), a checkpoint file, a state dict or an eps model.
+        method: `"fast-em"` (Algorithm 2), `"diffusion-em"` (Algorithm A.1) or `"known"` (the kernel is always given).
+        guidance: `"mean"` (Jacobian-free, the default), `"pigdm"` or `"dps"`.
+        steps: reverse steps; by default what the guidance needs (30, 100, 1000).
+        particles: samples per image; the M-step uses all of them.
+        kernel_size: side of the kernel's support in pixels, odd or even, or (h, w).
+        compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
+        kernel_prior: the kernel denoiser of the M-step, a bundled name, file or module.
+        lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
+        boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
+            looks whether its borders match.
+        tile: evaluate the network on tiles of this side; less memory for large images.
+        device, backend: where and how it runs; see `fastem doctor`.
+
+    Raises:
+        ValueError: for an unknown option, naming what is allowed.
+        fastem.models.CheckpointError: for weights that are missing or do not fit.
+    """
+
+    def __init__(
+        self, prior: Any = "natural", *, method: str = "fast-em", guidance: str | None = None, steps: int | None = None,
+        particles: int = 1, kernel_size: int | tuple[int, int] = 33, compat: str = "paper", kernel_prior: Any = "kernel",
+        lam: float | None = None, boundary: str = "auto", tile: int | None = None, device: str = "auto", backend: str = "auto",
+    ) -> None:  # fmt: skip
+        self.method = _choice("method", method, Method)
+        self.compat = _choice("compat", compat, ("paper", "released"))
+        released = self.compat == "released"
+        self.guidance = _choice("guidance", guidance or ("pigdm" if released else "mean"), Guide)
+        self.boundary = _choice("boundary", boundary, ("auto", "photo", "circular"))
+        default_steps = {Guide.MEAN: 30, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
+        self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
+        self.particles = _positive("particles", particles, 1024)
+        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.kernel_size = tuple(_positive("kernel_size", s, 513) for s in size)
+        self.lam = (0.2 if max(self.kernel_size) >= 48 else 1.0) if lam is None else lam
+        self.tile, self.backend = tile, backend
+        self.device = runtime.resolve_device(device)
+        self.prior_name = prior if isinstance(prior, (str, Path)) else type(prior).__name__
+        self.model: EpsModel = prior if isinstance(prior, EpsModel) else load_model(prior)
+        self.model.to(self.device)
+        if isinstance(kernel_prior, torch.nn.Module):
+            self.kernel_denoiser = kernel_prior.to(self.device)
+        else:
+            self.kernel_denoiser = load_kernel_denoiser(kernel_prior).to(self.device)
+
+    @property
+    def config(self) -> dict:
+        """Everything that decides a result, as plain JSON values."""
+        return {
+            "prior": str(self.prior_name), "prior_sha256": self.model.sha256, "method": str(self.method),
+            "guidance": str(self.guidance), "steps": self.steps, "particles": self.particles,
+            "kernel_size": list(self.kernel_size), "compat": self.compat, "lam": self.lam, "boundary": self.boundary,
+            "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
+        }  # fmt: skip
+
+    def __call__(
+        self, image: Any, *, sigma: float | None = None, seed: int = 0, kernel: np.ndarray | Tensor | None = None,
+        on_step: Any = None,
+    ) -> Restoration:  # fmt: skip
+        """Restores one image.
+
+        Args:
+            image: ndarray `(H, W)` or `(H, W, C)`, tensor `(C, H, W)`, PIL image or path; uint8, uint16 or float in [0, 1].
+            sigma: std of the noise in image units (8-bit 5 is 5 / 255); None estimates it.
+            seed: same seed, same restoration.
+            kernel: `(h, w)`, the blur where it is known; it is used as it is.
+            on_step: called with (steps done, steps in all).
+
+        Raises:
+            ValueError: for an image or option that cannot be used, saying why.
+            NumericError: if the result is not finite.
+        """
+        picture = _picture(image)
+        estimated = sigma is None
+        if estimated:
+            sigma = noise.estimate_sigma(picture.y[0].permute(1, 2, 0).numpy())
+        if not 0 <= sigma < math.inf:
+            raise ValueError(f"sigma must be a number >= 0 in image units (8-bit 5 is 5 / 255), got {sigma}")
+        if kernel is None and self.method is Method.KNOWN:
+            raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
+        used = max(float(sigma), SIGMA_FLOOR)
+        if kernel is not None:
+            kernel = _kernel(kernel)
+        if float(picture.y.std()) < SIGMA_FLOOR and kernel is None:
+            return self._nothing_to_see(picture, used, estimated)
+        seeds = torch.tensor([seed], dtype=torch.int64, device=self.device)
+        drawn, canvas, trace = self.restore(picture.y.to(self.device), used, seeds, kernel=kernel, on_step=on_step)
+        if not bool(torch.isfinite(drawn.x).all() & torch.isfinite(drawn.kernel).all()):
+            raise NumericError("the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean")
+        samples = canvas.crop(drawn.images)[0]
+        k = drawn.kernel.clamp(min=0)
+        k = k / k.sum()
+        chi2 = self._chi2(drawn, k, picture.y, canvas, used)
+        return Restoration(
+            picture.back(samples[0]), k[0, 0].cpu().numpy(), samples.permute(0, 2, 3, 1).cpu().numpy(), used, estimated,
+            chi2, trace, [] if 0.5 < chi2 < 2 else [f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?"],
+        )  # fmt: skip
+
+    def map(self, items: Iterable[Any], *, sigma: float | None = None, seed: int = 0) -> Iterator[Restoration | Exception]:
+        """Restores images one after the other, in order; an item that fails yields its exception instead."""
+        for item in items:
+            try:
+                yield self(item, sigma=sigma, seed=seed)
+            except (ValueError, ArithmeticError, OSError, MemoryError) as error:
+                yield error
+
+    @torch.no_grad()
+    def restore(
+        self, y: Tensor, sigma: float | Tensor, seeds: Tensor, *, kernel: Tensor | None = None, on_step: Any = None
+    ) -> tuple[Sample, Canvas, list[dict]]:
+        """The batched core: y `(B, C, H, W)` in [0, 1], sigma scalar or `(B,)`, seeds `(B,)` -> particles on a canvas.
+
+        The result of an image depends on its pixels, sigma and seed, not on the other images of the batch.
+        """
+        ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
+        canvas = self._canvas(y, ksize)
+        observation = Observation.of(canvas.extend(y), sigma)
+        model = runtime.fit_to_size(self.model, observation.size, self.tile)
+        schedule, rule = self._schedule()
+        trace: list[dict] = []
+
+        def record(step, x0_hat, k) -> None:
+            trace.append({"index": step.index, "t": step.t, "sigma_t": step.sigma_t})
+            if on_step is not None:
+                on_step(len(trace), total)
+
+        def philox(run: int) -> PhiloxNoise:
+            return PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), run)
+
+        prior = PnP(self.kernel_denoiser, self.lam)
+        r2 = self.model.r2
+        total = len(schedule)
+        with use_backend(self.backend):
+            if self.method is Method.DIFFUSION_EM and kernel is None:
+                drawn = diffusion_em(
+                    model, observation, self._guide(), schedule, prior=prior, kernel_size=ksize, noise=philox,
+                    compat=self.compat, rule=rule, r2=r2,
+                )  # fmt: skip
+                return drawn, canvas, trace
+            estimator = Known(kernel.to(y)) if kernel is not None else self._estimator(prior, ksize)
+            first = schedule.step(len(schedule) - 1)
+            x_start = None
+            if self.guidance is Guide.MEAN:  # the schedule starts where the low frequencies of y are right
+                a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
+                x_start = a * (2 * observation.y[:, None] - 1) + s * philox(0).start()
+            drawn = sample(
+                model, observation, estimator, self._guide(), schedule, noise=philox(0), rule=rule, r2=r2, x_start=x_start,
+                on_step=record,
+            )  # fmt: skip
+        return drawn, canvas, trace
+
+    def _guide(self) -> Guidance:
+        return {Guide.MEAN: PosteriorMean(), Guide.PIGDM: PiGDM(self.compat), Guide.DPS: DPS(self.compat)}[self.guidance]
+
+    def _schedule(self) -> tuple[Schedule, Rule]:
+        if self.guidance is Guide.MEAN:
+            return Schedule.karras(self.steps, SIGMA_MAX, SIGMA_MIN), Renoise(0.5)
+        return Schedule.linear().respace(self.steps), DDPM()
+
+    def _estimator(self, prior: PnP, ksize: tuple[int, int]) -> KernelEstimator:
+        return HQS(prior, ksize, compat=self.compat)
+
+    def _canvas(self, y: Tensor, ksize: tuple[int, int]) -> Canvas:
+        size = (y.shape[-2], y.shape[-1])
+        periodic = self.boundary == "circular" or self.compat == "released" or self.boundary == "auto" and looks_periodic(y)
+        return Canvas.around(size, (0, 0) if periodic else ksize, multiple=1 if periodic else 8)
+
+    def _chi2(self, drawn: Sample, k: Tensor, y: Tensor, canvas: Canvas, sigma: float) -> float:
+        x = drawn.images.mean(dim=1)
+        e = (canvas.crop(blur(x, k)) - y.to(x.device)).square().mean()
+        return float(e) / sigma**2
+
+    def _nothing_to_see(self, picture: _Picture, sigma: float, estimated: bool) -> Restoration:
+        """A constant image: any kernel explains it, so it is returned as it is with no blur."""
+        k = np.zeros(self.kernel_size, np.float32)
+        k[self.kernel_size[0] // 2, self.kernel_size[1] // 2] = 1
+        samples = picture.y.permute(0, 2, 3, 1).expand(self.particles, -1, -1, -1).numpy().copy()
+        return Restoration(
+            picture.back(picture.y[0]), k, samples, sigma, estimated, 0.0, [], ["W_NO_INFORMATION: the image is constant"]
+        )
+
+
+def looks_periodic(y: Tensor) -> bool:
+    """Whether the borders of `(B, C, H, W)` continue each other: their jump is no larger than 1.5 times the inner ones."""
+    for dim in (-2, -1):
+        size = y.shape[dim]
+        inner = (y.narrow(dim, 1, size - 1) - y.narrow(dim, 0, size - 1)).square().mean()
+        outer = (y.narrow(dim, 0, 1) - y.narrow(dim, size - 1, 1)).square().mean()
+        if outer > 1.5**2 * inner:
+            return False
+    return True
+
+
+def deblur(image: Any, out: str | Path | None = None, **options: Any) -> Restoration:
+    """Restores one image with a fresh engine; options are those of `Deblurrer` and of its call (sigma, seed, kernel)."""
+    call = {name: options.pop(name) for name in ("sigma", "seed", "kernel") if name in options}
+    return Deblurrer(**options)(image, **call)
+
+
+def _kernel(kernel: np.ndarray | Tensor) -> Tensor:
+    k = torch.as_tensor(np.asarray(kernel) if not isinstance(kernel, Tensor) else kernel).float().squeeze()
+    if k.dim() != 2 or not bool(torch.isfinite(k).all()) or float(k.sum()) <= 0:
+        raise ValueError(f"a kernel is (h, w), finite and of positive sum, got shape {tuple(k.shape)} and sum {float(k.sum()):.3g}")
+    return k[None, None]
+
+
+def _choice(name: str, value: str, allowed: Any) -> Any:
+    values = [str(a) for a in allowed]
+    if value not in values:
+        raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(values)}")
+    return allowed(value) if isinstance(allowed, type) else value
+
+
+def _positive(name: str, value: int, largest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise ValueError(f"{name} must be a whole number from 1 to {largest}, got {value!r}")
+    return value
