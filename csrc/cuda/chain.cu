@@ -268,7 +268,7 @@ struct Workspace {
 
 // `num_iters` times Eq. (24) and (25). `g_floats`: shared memory for the rows of g that a band meets; 0 leaves g in L2.
 // `k_in_shared`: whether the kernel fits where the activations will be.
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     hqs_chain_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Maps io,
                      const __grid_constant__ Workspace space, int n_team, int team_size, int g_floats,
                      bool k_in_shared) {

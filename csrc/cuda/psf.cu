@@ -132,7 +132,7 @@ __global__ void project_simplex_kernel(const float* __restrict__ z, float* k, in
 constexpr int kFistaThreads = 512;
 
 // One block per image. The state lives in shared memory, or where that is too small in `scratch`: 3 maps per image.
-__global__ void __launch_bounds__(kFistaThreads)
+__global__ void __launch_bounds__(kFistaThreads, 1)
     simplex_least_squares_kernel(const float* g, const float* __restrict__ b, const float* __restrict__ k0,
                                  float* __restrict__ out, float* scratch, int h, int w, int64_t num_iters,
                                  bool in_shared) {

@@ -1,0 +1,225 @@
+// The CUDA side of the schemas in bindings.cpp: check, allocate results and workspace, launch on torch's current stream.
+// Built only where torch has CUDA.
+#include "bindings.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+namespace fastem {
+namespace {
+
+// The device of `t` for the lifetime of this object, and its current stream. Torch's allocator orders by stream, so
+// workspace may be freed as soon as the launch is queued.
+struct OnDevice {
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+  explicit OnDevice(const Tensor& t) : guard(t.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+};
+
+Tensor workspace(int64_t floats, const Tensor& like) { return at::empty({floats}, like.options().dtype(at::kFloat)); }
+
+void check_like(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+  check_same_shape(t, like, name, like_name);
+  check_device(t, like, name);
+}
+
+std::tuple<Tensor, Tensor> spectral_sums(const Tensor& X_, const Tensor& Y_, bool per_channel) {
+  const OnDevice on(X_);
+  const Tensor X = dense(X_), Y = dense(Y_);
+  const SpectralParams p = spectral_params(X, Y);
+  auto [Sxy, Sxx] = spectral_sums_outputs(X, per_channel);
+  C10_CUDA_CHECK(spectral_sums_cuda(complex_in(X), complex_in(Y), complex_out(Sxy), out(Sxx), p, per_channel, on.stream));
+  return {Sxy, Sxx};
+}
+
+Tensor wiener_guidance(const Tensor& X_, const Tensor& Y_, const Tensor& K_, const Tensor& sigma2_, const Tensor& r2_) {
+  const OnDevice on(X_);
+  const Tensor X = dense(X_), Y = dense_images(Y_, X.size(0)), K = dense_images(K_, X.size(0));
+  const Tensor sigma2 = dense_images(sigma2_, X.size(0)), r2 = dense_images(r2_, X.size(0));
+  const SpectralParams p = wiener_params(X, Y, K, sigma2, r2);
+  Tensor V = at::empty_like(X);
+  C10_CUDA_CHECK(wiener_guidance_cuda(complex_in(X), complex_in(Y), complex_in(K), in(sigma2), in(r2), complex_out(V), p,
+                                      on.stream));
+  return V;
+}
+
+Tensor psf_to_otf(const Tensor& k_, at::IntArrayRef size) {
+  const OnDevice on(k_);
+  const Tensor k = dense(k_);
+  const OtfParams p = otf_params(k, size);
+  const Tensor R = at::empty({p.n_image, p.h, p.n_col()}, k.options().dtype(at::kComplexFloat));
+  const Tensor K = otf_output(k, p);
+  C10_CUDA_CHECK(psf_to_otf_cuda(in(k), complex_out(R), complex_out(K), p, on.stream));
+  return K;
+}
+
+Tensor convolve_support(const Tensor& g_, const Tensor& k_) {
+  const OnDevice on(k_);
+  const Tensor g = dense(g_), k = dense(k_);
+  const PsfParams p = convolve_params(g, k);
+  Tensor z = at::empty_like(k);
+  C10_CUDA_CHECK(convolve_support_cuda(in(g), in(k), out(z), p, on.stream));
+  return z;
+}
+
+Tensor project_kernel(const Tensor& z_) {
+  const OnDevice on(z_);
+  const Tensor z = dense(z_);
+  const PsfParams p = psf_params(z);
+  Tensor k = at::empty_like(z);
+  C10_CUDA_CHECK(project_kernel_cuda(in(z), out(k), p, on.stream));
+  return k;
+}
+
+Tensor project_simplex(const Tensor& z_) {
+  const OnDevice on(z_);
+  const Tensor z = dense(z_);
+  const PsfParams p = psf_params(z);
+  Tensor k = at::empty_like(z);
+  C10_CUDA_CHECK(project_simplex_cuda(in(z), out(k), p, on.stream));
+  return k;
+}
+
+Tensor simplex_least_squares(const Tensor& g_, const Tensor& b_, const Tensor& k_, int64_t num_iters) {
+  const OnDevice on(k_);
+  const Tensor g = dense(g_), b = dense(b_), k = dense(k_);
+  const PsfParams p = convolve_params(g, k);
+  check_like(b, k, "b", "k");
+  Tensor result = at::empty_like(k);
+  const Tensor scratch = workspace(simplex_least_squares_cuda_scratch(p), k);
+  C10_CUDA_CHECK(simplex_least_squares_cuda(in(g), in(b), in(k), out(result), out(scratch), p, num_iters, on.stream));
+  return result;
+}
+
+Tensor recentre(const Tensor& k_) {
+  const OnDevice on(k_);
+  const Tensor k = dense(k_);
+  const PsfParams p = psf_params(k);
+  Tensor moved = at::empty_like(k);
+  const Tensor scratch = workspace(recentre_cuda_scratch(p), k);
+  C10_CUDA_CHECK(recentre_cuda(in(k), out(moved), out(scratch), p, on.stream));
+  return moved;
+}
+
+Tensor denoise_chain(const Tensor& k_, const Tensor& noise_std_, at::TensorList weights, const OptionalTensors& biases,
+                     double scale) {
+  const OnDevice on(k_);
+  const Tensor k = dense(k_), noise_std = dense_images(noise_std_, k.size(0));
+  const Chain chain(k, noise_std, weights, biases, scale);
+  Tensor result = at::empty_like(k);
+  const Tensor scratch = workspace(chain_cuda_scratch(chain.params), k);
+  C10_CUDA_CHECK(denoise_chain_cuda(in(k), in(noise_std), out(result), out(scratch), chain.params, on.stream));
+  return result;
+}
+
+Tensor hqs_chain(const Tensor& a_, const Tensor& g_, const Tensor& k_, const Tensor& noise_std_, at::TensorList weights,
+                 const OptionalTensors& biases, double scale, int64_t num_iters) {
+  const OnDevice on(k_);
+  const Tensor a = dense(a_), g = dense(g_), k = dense(k_), noise_std = dense_images(noise_std_, k.size(0));
+  convolve_params(g, k);
+  check_like(a, k, "a", "k");
+  const Chain chain(k, noise_std, weights, biases, scale);
+  Tensor result = at::empty_like(k);
+  const Tensor scratch = workspace(chain_cuda_scratch(chain.params), k);
+  C10_CUDA_CHECK(hqs_chain_cuda(in(a), in(g), in(k), in(noise_std), out(result), out(scratch), chain.params, num_iters,
+                                on.stream));
+  return result;
+}
+
+std::tuple<Tensor, Tensor> predict_x0(const Tensor& x_, const Tensor& eps_, double alpha_bar) {
+  const OnDevice on(x_);
+  const Tensor x = dense(x_), eps = dense(eps_);
+  check_like(eps, x, "eps", "x_t");
+  Tensor x0 = at::empty_like(x), mask = at::empty_like(x);
+  C10_CUDA_CHECK(predict_x0_cuda(in(x), in(eps), out(x0), out(mask), PredictParams(alpha_bar), x.numel(), on.stream));
+  return {x0, mask};
+}
+
+Tensor step_update(const Tensor& x_, const Tensor& x0_, const OptionalTensor& noise_, const OptionalTensor& guidance_,
+                   double c0, double ct, double std, double gain) {
+  const OnDevice on(x_);
+  const Tensor x = dense(x_), x0 = dense(x0_);
+  check_like(x0, x, "x0_hat", "x_t");
+  const Tensor noise = optional_term(noise_, std, x, "noise"), guidance = optional_term(guidance_, gain, x, "guidance");
+  Tensor result = at::empty_like(x);
+  C10_CUDA_CHECK(step_update_cuda(in(x), in(x0), in_or_null(noise), in_or_null(guidance), out(result),
+                                  step_params(c0, ct, std, gain), x.numel(), on.stream));
+  return result;
+}
+
+Tensor step_update_philox(const Tensor& x_, const Tensor& x0_, const OptionalTensor& guidance_, const Tensor& seeds_,
+                          double c0, double ct, double std, double gain, int64_t step, int64_t stream) {
+  const OnDevice on(x_);
+  const Tensor x = dense(x_), x0 = dense(x0_), seeds = seeds_.contiguous();
+  check_like(x0, x, "x0_hat", "x_t");
+  const Tensor guidance = optional_term(guidance_, gain, x, "guidance");
+  const NoiseParams noise = noise_params_like(seeds, x, step, stream);
+  const StepParams p = step_params(c0, ct, std, gain);
+  Tensor result = at::empty_like(x);
+  if (std == 0) {  // no noise to draw
+    C10_CUDA_CHECK(step_update_cuda(in(x), in(x0), nullptr, in_or_null(guidance), out(result), p, x.numel(), on.stream));
+  } else {
+    C10_CUDA_CHECK(step_update_philox_cuda(in(x), in(x0), seeds.const_data_ptr<int64_t>(), in_or_null(guidance),
+                                           out(result), p, noise, on.stream));
+  }
+  return result;
+}
+
+Tensor philox_normal(const Tensor& seeds_, int64_t n, at::IntArrayRef shape, int64_t step, int64_t stream) {
+  const OnDevice on(seeds_);
+  const Tensor seeds = seeds_.contiguous();
+  const NoiseParams p = noise_params(seeds, n, shape, step, stream);
+  Tensor result = philox_output(seeds, n, shape);
+  C10_CUDA_CHECK(philox_normal_cuda(seeds.const_data_ptr<int64_t>(), out(result), p, on.stream));
+  return result;
+}
+
+Tensor film_silu(const Tensor& x_, const OptionalTensor& scale, const OptionalTensor& shift) {
+  const OnDevice on(x_);
+  const Tensor x = dense_image_layout(x_);
+  const Film film(x, scale, shift);
+  Tensor result = at::empty_like(x);
+  C10_CUDA_CHECK(film_silu_cuda(in(x), film.scale_data(), film.shift_data(), film.stride, out(result), film.params,
+                                on.stream));
+  return result;
+}
+
+Tensor film_silu_backward(const Tensor& grad_, const Tensor& x_, const OptionalTensor& scale,
+                          const OptionalTensor& shift) {
+  const OnDevice on(x_);
+  const Tensor x = dense_image_layout(x_);
+  const Film film(x, scale, shift);
+  const Tensor grad = grad_.contiguous(film.memory_format);
+  check_like(grad, x, "grad", "x");
+  Tensor result = at::empty_like(x);
+  C10_CUDA_CHECK(film_silu_backward_cuda(in(grad), in(x), film.scale_data(), film.shift_data(), film.stride, out(result),
+                                         film.params, on.stream));
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastem, CUDA, m) {
+  m.impl("spectral_sums", &spectral_sums);
+  m.impl("wiener_guidance", &wiener_guidance);
+  m.impl("psf_to_otf", &psf_to_otf);
+  m.impl("convolve_support", &convolve_support);
+  m.impl("project_kernel", &project_kernel);
+  m.impl("project_simplex", &project_simplex);
+  m.impl("simplex_least_squares", &simplex_least_squares);
+  m.impl("recentre", &recentre);
+  m.impl("denoise_chain", &denoise_chain);
+  m.impl("hqs_chain", &hqs_chain);
+  m.impl("predict_x0", &predict_x0);
+  m.impl("step_update", &step_update);
+  m.impl("step_update_philox", &step_update_philox);
+  m.impl("philox_normal", &philox_normal);
+  m.impl("film_silu", &film_silu);
+  m.impl("film_silu_backward", &film_silu_backward);
+}
+
+}  // namespace fastem

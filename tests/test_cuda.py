@@ -1,0 +1,194 @@
+"""The CUDA ops, and Triton on the GPU, against the specification in float64. Runs where torch sees a GPU: `make gpu-test`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastem.ops import backend, native, reference
+
+if not torch.cuda.is_available():
+    if "cuda" in os.environ.get("FASTEM_REQUIRE", ""):
+        raise RuntimeError("FASTEM_REQUIRE names cuda, but torch sees no GPU")
+    pytest.skip("torch sees no GPU", allow_module_level=True)
+if not native.has_cuda():
+    raise RuntimeError(f"torch sees a GPU, but the extension has no CUDA. Build it with {backend.BUILD}")
+
+DEVICE = torch.device("cuda")
+TOLERANCE = 2e-6
+SIZES = [(8, 8), (33, 31), (1, 1), (256, 256)]
+KERNELS = [(33, 33), (64, 64), (5, 5), (4, 6), (1, 1), (7, 130), (129, 129)]
+SEEDS = torch.tensor([0, -5, 2**63 - 1, (1 << 40) + 3])
+WIDTHS = [2, 32, 32, 32, 32, 1]
+
+
+def random(*shape, seed=0, low=-1.0, high=1.0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
+
+
+def half_spectrum(*shape, seed=0):
+    return torch.fft.rfft2(random(*shape, seed=seed)).to(torch.complex64)
+
+
+def convert(value, change):
+    if isinstance(value, list):
+        return [convert(v, change) for v in value]
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
+def widen(t):
+    return t.to({torch.float32: torch.float64, torch.complex64: torch.complex128}.get(t.dtype, t.dtype))
+
+
+def on_gpu(op, *args):
+    """The registered CUDA op itself: nothing can fall back."""
+    out = getattr(torch.ops.fastem, op)(*convert(list(args), lambda t: t.to(DEVICE)))
+    return [t.cpu() for t in out] if isinstance(out, tuple | list) else [out.cpu()]
+
+
+def assert_matches_spec(op, *args, tolerance=TOLERANCE):
+    expected = getattr(reference, op)(*convert(list(args), widen))
+    actual = on_gpu(op, *args)
+    for a, e in zip(actual, expected if isinstance(expected, tuple) else [expected], strict=True):
+        assert a.shape == e.shape
+        error = (a - e).abs().max() / e.abs().max().clamp(min=1e-30)
+        assert error < tolerance, f"{op}: relative error {error:.1e}"
+    return actual
+
+
+def affine(h, w, batch=2, seed=0):
+    """a, g and k of an M-step: g an autocorrelation, k a kernel."""
+    side = (4 * h, 4 * w)
+    power = torch.fft.rfft2(random(batch, 1, 2 * h, 2 * w, seed=seed).double(), s=side).abs() ** 2
+    g = reference.crop_support(torch.fft.irfft2(power, s=side), 2 * h - 1, 2 * w - 1)
+    g = (g / g.abs().sum((-2, -1), keepdim=True)).float()
+    k = random(batch, 1, h, w, low=0, high=1, seed=seed + 1)
+    return random(batch, 1, h, w, low=-0.3, high=1, seed=seed + 2) / (h * w), g, k / k.sum((-2, -1), keepdim=True)
+
+
+def chain(widths=WIDTHS):
+    pairs = list(zip(widths[1:], widths[:-1], strict=True))
+    weights = [random(o, i, 3, 3, seed=n) / (1.5 * i**0.5) for n, (o, i) in enumerate(pairs)]
+    weights[-1] = weights[-1].abs()  # something is positive: no kernel without mass
+    return weights, [0.1 * random(o, seed=50 + n) for n, (o, _) in enumerate(pairs)], 50.0
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("batch, n", [(1, 1), (3, 4)])
+def test_spectral_ops(size, batch, n):
+    X, Y = half_spectrum(batch, n, 3, *size), half_spectrum(batch, 3, *size, seed=1)
+    K = half_spectrum(batch, 1, *size, seed=2) / (size[0] * size[1])
+    assert_matches_spec("wiener_guidance", X, Y, K, random(batch, low=1e-3, high=1e-2), random(batch, low=0.1, high=0.6))
+    for per_channel in (False, True):
+        assert_matches_spec("spectral_sums", X, Y, per_channel)
+
+
+@pytest.mark.parametrize("size", KERNELS, ids=str)
+def test_ops_on_the_support(size):
+    a, g, k = affine(*size)
+    assert_matches_spec("psf_to_otf", k, [max(size[0], 150), max(size[1], 256)])
+    assert_matches_spec("convolve_support", g, k)
+    assert_matches_spec("project_kernel", random(2, 1, *size, low=-0.5, high=1) + 0.5 * (k == k.amax((-2, -1), keepdim=True)))
+    assert_matches_spec("project_simplex", random(2, 1, *size, low=-0.5, high=1))
+    assert_matches_spec("recentre", k**4)
+    assert_matches_spec("simplex_least_squares", g, a, k, 12)
+
+
+def test_recentre_of_nothing_is_nothing():
+    k = torch.stack([torch.zeros(1, 9, 9), torch.full((1, 9, 9), torch.nan)])
+    (moved,) = on_gpu("recentre", k)
+    assert not moved.any()
+
+
+@pytest.mark.parametrize("size", KERNELS, ids=str)
+def test_chains(size):
+    a, g, k = affine(*size)
+    noise_std = torch.tensor([0.003, 0.02])
+    assert_matches_spec("denoise_chain", k, noise_std, *chain())
+    assert_matches_spec("hqs_chain", a, g, k, noise_std, *chain(), 10, tolerance=1e-5)  # 10 times 7 layers
+
+
+@pytest.mark.parametrize("widths", [[2, 1], [2, 5, 3, 1], [2, 64, 64, 1]], ids=str)
+def test_chains_of_other_widths(widths):
+    a, g, k = affine(21, 21)
+    assert_matches_spec("hqs_chain", a, g, k, torch.tensor([0.003, 0.02]), *chain(widths), 3, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("batch", [2, 20, 300])
+def test_a_kernel_is_the_same_to_the_bit_in_any_company(batch):
+    """From a team of blocks per image to several images per block."""
+    a, g, k = affine(33, 33, batch=batch)
+    noise_std = random(batch, low=0.001, high=0.02)
+    (together,) = on_gpu("hqs_chain", a, g, k, noise_std, *chain(), 3)
+    for i in (0, batch // 2, batch - 1):
+        only = slice(i, i + 1)
+        (alone,) = on_gpu("hqs_chain", a[only], g[only], k[only], noise_std[only], *chain(), 3)
+        assert torch.equal(alone, together[only])
+
+
+@pytest.mark.parametrize("shape", [(3, 256, 256), (3, 33, 31), (5,)], ids=str)
+def test_step_ops(shape):
+    (noise,) = assert_matches_spec("philox_normal", SEEDS, 3, list(shape), 7, 1)
+    x_t, other, guidance = (random(4, 3, *shape, seed=i) for i in range(3))
+    assert_matches_spec("predict_x0", x_t, other, 0.6) if len(shape) == 1 else None
+    for guide in (None, guidance):
+        for std in (0.0, 0.3):
+            factors = (0.4, 0.6, std, -0.7)
+            expected = reference.step_update(*map(widen, (x_t, other, noise)), guide, *factors)
+            (plain,) = assert_matches_spec("step_update", x_t, other, noise, guide, *factors)
+            (fused,) = on_gpu("step_update_philox", x_t, other, guide, SEEDS, *factors, 7, 1)
+            for actual in (plain, fused):
+                assert (actual - expected).abs().max() / expected.abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 7, 5), (1, 1, 1, 1), (2, 64, 128, 128)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_film_silu(shape, layout):
+    x, grad = (random(*shape, seed=i, low=-4, high=4).contiguous(memory_format=layout) for i in range(2))
+    halves = random(shape[0], 2 * shape[1], seed=2).chunk(2, dim=1)
+    for scale, shift in (halves, (None, None)):
+        assert_matches_spec("film_silu", x, scale, shift)
+        assert_matches_spec("film_silu_backward", grad, x, scale, shift)
+
+
+def test_the_m_step_can_be_captured_in_a_graph():
+    """No allocation outside the pool, no synchronisation, no host copy; and a replay computes, it does not remember."""
+    a, g, k = (t.to(DEVICE) for t in affine(33, 33))
+    noise_std = torch.tensor([0.003, 0.02], device=DEVICE)
+    weights, biases, scale = convert(list(chain()), lambda t: t.to(DEVICE))
+
+    def m_step():
+        out = torch.ops.fastem.hqs_chain(a, g, k, noise_std, weights, biases, scale, 3)
+        out = torch.ops.fastem.simplex_least_squares(g, a, torch.ops.fastem.recentre(out).abs(), 3)
+        return torch.ops.fastem.psf_to_otf(out, [64, 64])
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        m_step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = m_step()
+    a.mul_(1.5)
+    graph.replay()
+    assert torch.equal(captured, m_step())
+
+
+def test_tensors_of_two_devices_are_refused():
+    _, g, k = affine(5, 5)
+    with pytest.raises((ValueError, RuntimeError), match="(?i)device|is on"):
+        torch.ops.fastem.convolve_support(g, k.to(DEVICE))
+
+
+def test_work_goes_to_the_current_stream():
+    _, g, k = (t.to(DEVICE) for t in affine(33, 33))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # about 10 ms: work on another stream would read k too early
+        later = k * 2
+        z = torch.ops.fastem.convolve_support(g, later)
+    stream.synchronize()
+    assert torch.equal(z, torch.ops.fastem.convolve_support(g, k * 2))
