@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastem.models import load_kernel_denoiser
+from fastem.models import load_kernel_denoiser, load_model
 from fastem.models.kernel_denoiser import KernelDenoiserConfig
 from fastem.models.natural import NaturalConfig
 from fastem.ops import reference
 from fastem.synth import motion_kernel
 from fastem.training import BandBalance, Ema, ImagePool, TrainConfig, Trainer, train_image_prior, train_kernel_denoiser
+from fastem.training.image_prior import measure_r2
 from fastem.training.kernel_denoiser import (
     FIRST_SEED,
     HIGHEST,
@@ -222,6 +223,23 @@ def test_kernel_training_writes_loadable_weights_and_lowers_the_loss(tmp_path):
     noise = 3.16e-3 * torch.randn(k.shape, generator=torch.Generator().manual_seed(0))
     before, after = noise.square().mean(), (loaded(k + noise, 3.16e-3) - k).square().mean()
     assert after < 0.5 * before
+
+
+def test_image_training_writes_a_prior_with_its_error_table(tmp_path, photos):
+    model = train_image_prior([photos], tmp_path, QUICK, TINY_PRIOR)
+    loaded = load_model(tmp_path / "natural.safetensors")
+    x, sigma = torch.rand(1, 3, 16, 16) * 2 - 1, torch.tensor([0.5])
+    torch.testing.assert_close(loaded.denoiser(x, sigma), model(x, sigma), atol=2e-3, rtol=2e-3)  # stored in 16 bits
+    assert 0 < loaded.r2(0.01) < 0.01**2 * 1.1 and loaded.r2(100.0) > loaded.r2(0.1)
+
+
+def test_r2_of_a_known_denoiser():
+    """Shrinkage of white images of variance v leaves sigma^2 v / (sigma^2 + v)."""
+    v = 0.3
+    clean = v**0.5 * torch.randn(50, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+    table = measure_r2(lambda x, sigma: x * v / (v + sigma.view(-1, 1, 1, 1) ** 2), clean)
+    for sigma, mse in table:
+        assert mse == pytest.approx(sigma**2 * v / (sigma**2 + v), rel=0.03)
 
 
 def test_image_training_reports_and_logs(tmp_path, photos, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastem import io
+from fastem.models.checkpoints import save_natural
 from fastem.models.natural import NaturalConfig, NaturalPrior
 from fastem.training.core import BandBalance, TrainConfig, Trainer
 
@@ -83,14 +85,15 @@ def train_image_prior(
 ) -> NaturalPrior:
     """Trains (or resumes) a natural-image prior on folders of images or tar shards.
 
-    Writes `out/training.pt` (resume state) and `out/log.jsonl`, and returns the model with averaged weights; also where
-    `stop()`, asked before each step, ends it early.
+    Writes `out/training.pt` (resume state), `out/log.jsonl` and `out/natural.safetensors`, and returns the model with
+    averaged weights; also where `stop()`, asked before each step, ends it early.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = NaturalPrior(network).to(memory_format=torch.channels_last)
     trainer = Trainer(model, config, out / "training.pt", device)
-    pool = ImagePool(multi_scale(list(io.iter_training_images(data))), config.patch, device)
+    images = list(io.iter_training_images(data))
+    pool = ImagePool(multi_scale(images), config.patch, device)
 
     def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
         clean = pool.sample(config.batch_size, generator)
@@ -106,4 +109,29 @@ def train_image_prior(
         with open(out / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
     trainer.ema.copy_to(model)
-    return model.eval()
+    model.eval()
+    r2 = measure_r2(model, pool.sample(64, torch.Generator(device).manual_seed(config.seed)))
+    card = {
+        "what": "denoiser of natural images in [-1, 1], any size",
+        "data": f"{len(images)} pictures from {', '.join(path.name for path in data)}",
+        "recipe": {**asdict(config), "num_steps": trainer.step, "total_minutes": round(trainer.seconds / 60, 1)},
+        "r2": "mean squared error on 64 patches of the training images",
+    }
+    save_natural(out / "natural.safetensors", model, r2=r2, card=card)
+    return model
+
+
+@torch.no_grad()
+def measure_r2(model: nn.Module, clean: Tensor, num_levels: int = 20, seed: int = 0) -> list[list[float]]:
+    """`[[sigma, mean squared error], ...]` of `model(x, sigma)` on clean images `(N, C, H, W)` in [-1, 1].
+
+    Levels are log-uniform over those of training. The error is that of x0_hat in PiGDM, which `EpsModel.r2` looks up.
+    """
+    generator = torch.Generator(clean.device).manual_seed(seed)
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    levels = torch.linspace(math.log(0.005), math.log(160.0), num_levels, dtype=torch.float64).exp().tolist()
+    table = []
+    for sigma in levels:
+        x0_hat = model(clean + sigma * noise, torch.full((len(clean),), sigma, device=clean.device))
+        table.append([sigma, (x0_hat - clean).square().mean().item()])
+    return table
