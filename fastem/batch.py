@@ -246,7 +246,7 @@ def deblur_plan(
     Raises:
         OutputError: when a result cannot be written (disk full, folder gone). Earlier ones stay; this one is absent.
     """
-    request = {
+    given = {
         "config": engine.config,
         "seed": seed,
         "sigma": None if sigma is None else sigma * 255,
@@ -262,21 +262,21 @@ def deblur_plan(
         seconds = time.monotonic() - start
         files = _deblurred_files(plan.save, picture, result)
         record = {
-            "restoration": {
-                "sigma": _number(result.sigma * 255),  # grey levels
-                "sigma_estimated": sigma is None,
-                "reblur_chi2": _number(result.reblur),
-                "item_seed": own_seed,
-                "kernel_size": list(result.kernel.shape),
-                "seconds": round(seconds, 3),
-            },
+            "config": engine.config,
+            "seed": seed,
+            "item_seed": own_seed,
+            "sigma": _number(result.sigma * 255),  # grey levels
+            "sigma_estimated": sigma is None,
+            "kernel_size": list(result.kernel.shape),
+            "kernel_given": kernel is not None,
+            "reblur": _number(result.reblur),  # chi^2: about 1 where kernel, image and sigma explain the input
+            "seconds": round(seconds, 3),
+            **running,
             "warnings": [*picture.warnings, *result.warnings],
-            "versions": versions(),
-            "running": running,
         }
         return files, record
 
-    return _run(plan, restore, request, skip_existing, max_pixels, max_bytes)
+    return _run(plan, restore, given, skip_existing, max_pixels, max_bytes)
 
 
 def degrade_plan(
@@ -302,14 +302,6 @@ def degrade_plan(
 
     Raises: as `deblur_plan`.
     """
-    request = {
-        "sigma": sigma * 255,
-        "kernel": "given" if kernel is not None else family,
-        "boundary": boundary,
-        "seed": seed,
-        "bits": bits,
-    }
-
     def blur(item: Item, picture: Picture) -> tuple[dict[str, bytes], dict]:
         own_seed = item_seed(seed, picture.sha256)
         k = motion_kernel(kernel_size, own_seed, family) if kernel is None else kernel
@@ -330,18 +322,18 @@ def degrade_plan(
         )
         files = _named(plan.save, image=lambda: io.encode_png(stored), kernel=k)
         record = {
-            "degradation": {
-                "sigma": _number(sigma * 255),  # grey levels
-                "item_seed": own_seed,
-                "kernel_size": [h, w],
-                "clipped": _number(np.mean((blurred < 0) | (blurred > 1))),  # fraction of the values
-            },
+            "seed": seed,
+            "item_seed": own_seed,
+            "sigma": _number(sigma * 255),  # grey levels
+            "kernel_size": [h, w],
+            "kernel_family": family if kernel is None else None,
+            "boundary": boundary,
+            "clipped": _number(np.mean((blurred < 0) | (blurred > 1))),  # share of the values
             "warnings": list(picture.warnings),
-            "versions": versions(),
         }
         return files, record
 
-    return _run(plan, blur, request, False, max_pixels, max_bytes)
+    return _run(plan, blur, {}, False, max_pixels, max_bytes)
 
 
 def item_seed(seed: int, sha256: str) -> int:
@@ -353,12 +345,16 @@ def item_seed(seed: int, sha256: str) -> int:
 def _run(
     plan: Plan,
     job: Callable[[Item, Picture], tuple[dict[str, bytes], dict]],
-    request: dict,
+    given: dict,
     skip_existing: bool,
     max_pixels: int,
     max_bytes: int,
 ) -> Iterator[Outcome]:
-    """Reads, works and publishes item by item; `job` gives the encoded files by suffix, and the record."""
+    """Reads, works and publishes item by item; `job` gives the encoded files by suffix, and the record.
+
+    `given` is everything besides the input that decides a result; its hash tells finished work from other work.
+    """
+    request = _sha256(json.dumps(given, sort_keys=True).encode())
     for item in plan.items:
         outputs = item.outputs(plan.save)
         try:
@@ -386,8 +382,9 @@ def _run(
                 "bits": 8 * picture.pixels.dtype.itemsize,
                 "alpha": picture.alpha is not None,
             },
-            "request": request,
             **record,
+            "versions": versions(),
+            "request": request,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "outputs": {
                 suffix: {"name": shown(outputs[suffix].name), "sha256": _sha256(data)} for suffix, data in files.items()
@@ -407,11 +404,11 @@ def _check_targets(paths: Iterable[Path]) -> None:
             raise InputError("E_PATH", f"{shown(path)} is a folder", "Choose another output folder")
 
 
-def _is_done(outputs: dict[str, Path], request: dict, sha256: str) -> bool:
+def _is_done(outputs: dict[str, Path], request: str, sha256: str) -> bool:
     """Whether the JSON tells of this input and request, and all files are there."""
     try:
         record = json.loads(outputs[".json"].read_bytes())
-        same = record["input"]["sha256"] == sha256 and record["request"] == json.loads(json.dumps(request))
+        same = record["input"]["sha256"] == sha256 and record["request"] == request
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return same and all(path.is_file() for path in outputs.values())

@@ -512,7 +512,7 @@ def encode_png(picture: Picture) -> bytes:
     import png  # pypng; Pillow cannot write more than one channel of 16 bits
 
     height, width, count = planes.shape
-    raw = planes.astype(">u2").view(np.uint8).reshape(height, width * count * 2)
+    raw = planes.astype(">u2", order="C").view(np.uint8).reshape(height, width * count * 2)
     filtered = np.empty((height, 1 + raw.shape[1]), np.uint8)
     filtered[:, 0] = 2  # filter type Up: the difference to the row above
     filtered[0, 1:], filtered[1:, 1:] = raw[0], raw[1:] - raw[:-1]

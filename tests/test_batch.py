@@ -89,9 +89,10 @@ def test_outputs_and_record(folder, tmp_path):
     sha = io.decode_image(data).sha256
     assert record["input"] == {"name": "a.png", "sha256": sha, "format": "PNG", "width": 16, "height": 12,
                                "channels": 3, "bits": 8, "alpha": False}  # fmt: skip
-    assert record["request"] == {"config": Engine.config, "seed": 3, "sigma": 5.0, "kernel_sha256": None}
-    assert record["restoration"]["sigma"] == 5.0 and record["restoration"]["item_seed"] == item_seed(3, sha)
-    assert record["running"]["backend"] == "reference" and set(record["versions"]) >= {"fastem", "torch"}
+    assert (record["config"], record["seed"], record["item_seed"]) == (Engine.config, 3, item_seed(3, sha))
+    assert (record["sigma"], record["sigma_estimated"], record["reblur"]) == (5.0, False, 1.0)
+    assert record["backend"] == "reference" and set(record["versions"]) >= {"fastem", "torch"}
+    assert record["seconds"] >= 0 and record["kernel_size"] == [5, 3] and not record["kernel_given"]
     for suffix, output in record["outputs"].items():
         assert hashlib.sha256((out / ("a" + suffix)).read_bytes()).hexdigest() == output["sha256"]
     np.testing.assert_array_equal(np.asarray(Image.open(out / "a.png")), 255 - np.asarray(Image.open(folder / "a.png")))
@@ -315,7 +316,7 @@ def test_degraded_sets_tell_the_truth(tmp_path, boundary, size):
     Image.fromarray(smooth).save(tmp_path / "a.png")
     plan = plan_files([tmp_path / "a.png"], tmp_path / "out")
     (outcome,) = degrade_plan(plan, sigma=4 / 255, kernel_size=5, boundary=boundary, bits=16)
-    assert outcome.status == "done" and outcome.record["degradation"]["sigma"] == 4.0
+    assert outcome.status == "done" and outcome.record["sigma"] == 4.0
     kernel, notes = io.load_kernel(tmp_path / "out" / "a.kernel.npy")
     assert kernel.shape == (5, 5) and notes == [] and kernel.sum() == pytest.approx(1, abs=1e-6)
     blurred = io.read_image(tmp_path / "out" / "a.png")

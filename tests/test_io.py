@@ -104,6 +104,13 @@ def test_round_trip_is_exact(tmp_path, dtype, planes, size):
     assert os.listdir(tmp_path) == ["a.png"]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_pixels_in_any_memory_order(tmp_path, dtype):
+    values = noise(3, 9, 12, dtype=dtype).transpose(1, 2, 0)
+    write_image(tmp_path / "a.png", Picture(values))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, values)
+
+
 @pytest.mark.parametrize("planes", [1, 2, 3, 4])
 def test_16_bit_png_of_another_writer(planes):
     values = noise(11, 7, planes, dtype=np.uint16)

@@ -91,11 +91,11 @@ class OptionError(Exception):
 
 
 @contextmanager
-def options_checked() -> Iterator[None]:
-    """Within the block a ValueError is the user's mistake in an option; errors that have a code keep it."""
+def options_checked(*kinds: type[Exception]) -> Iterator[None]:
+    """Within the block a ValueError (or one of `kinds`) is the user's mistake in an option; a code stays what it is."""
     try:
         yield
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, *kinds) as error:
         if getattr(error, "code", None):
             raise
         raise OptionError(str(error)) from error
@@ -186,15 +186,17 @@ def _result_line(outcome: Outcome) -> str:
     from fastem.io import shown
 
     first, *others = outcome.outputs.values()
-    facts = [outcome.status] if outcome.status == "skipped" else []
-    if restoration := outcome.record.get("restoration"):
-        origin = "estimated" if restoration["sigma_estimated"] else "given"
-        facts += [f"sigma {restoration['sigma']:.3g} {origin}", f"reblur chi^2 {restoration['reblur_chi2'] or 0:.3g}"]
-        facts += [f"{restoration['seconds']:.1f} s"]
-    elif degradation := outcome.record.get("degradation"):
-        facts += [f"sigma {degradation['sigma']:.3g}", f"{100 * degradation['clipped']:.2g} % clipped"]
+    record = outcome.record
+    if outcome.status == "skipped":
+        facts = "finished before"
+    elif "reblur" in record:
+        origin = "estimated" if record["sigma_estimated"] else "given"
+        chi2 = "unknown" if record["reblur"] is None else f"{record['reblur']:.3g}"
+        facts = f"sigma {record['sigma']:.3g} {origin}, reblur chi^2 {chi2}, {record['seconds']:.1f} s"
+    else:
+        facts = f"sigma {record['sigma']:.3g}, {100 * record['clipped']:.2g} % clipped"
     also = "".join(f" {shown(path.name)}" for path in others)
-    return f"{shown(outcome.source)} -> {shown(first)}" + (f" +{also}" if also else "") + f" ({', '.join(facts)})"
+    return f"{shown(outcome.source)} -> {shown(first)}" + (f" +{also}" if also else "") + f" ({facts})"
 
 
 def _result_event(outcome: Outcome) -> dict:
@@ -204,5 +206,5 @@ def _result_event(outcome: Outcome) -> dict:
     if outcome.error is not None:
         return event | {"code": outcome.error.code, "message": outcome.error.args[0], "hint": outcome.error.hint}
     event["outputs"] = {suffix: shown(path) for suffix, path in outcome.outputs.items()}
-    facts = outcome.record.get("restoration") or outcome.record.get("degradation") or {}
-    return event | facts | {"warnings": outcome.warnings}
+    facts = ("sigma", "sigma_estimated", "reblur", "item_seed", "seconds", "warnings")
+    return event | {name: outcome.record[name] for name in facts if name in outcome.record}

@@ -86,7 +86,7 @@ def deblur(
             count = f"[{position[item]}/{len(plan.items)}] " if len(plan.items) > 1 else ""
             bar(count + shown(item.source.name), done, total)
 
-        with console.options_checked():  # a forced backend that cannot run
+        with console.options_checked(RuntimeError):  # a forced backend that cannot run
             outcomes = deblur_plan(
                 plan, engine, sigma=level, seed=seed, kernel=known, skip_existing=skip_existing,
                 max_pixels=int(max_megapixels * 1e6), max_bytes=int(max_megabytes * 1e6), on_step=on_step,

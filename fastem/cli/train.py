@@ -51,7 +51,7 @@ def image_prior(
     if missing := [str(path) for path in data if not path.exists()]:
         raise console.OptionError(f"no such file or folder: {', '.join(missing[:3])}")
     config = replace(_timed(TrainConfig(), minutes, cooldown), batch_size=batch_size, patch=patch, seed=seed)
-    with console.options_checked(), _running(config.minutes, progress) as (report, stop):
+    with _running(config.minutes, progress) as (report, stop), console.options_checked():
         model = train_image_prior(data, out, config, device=_device(device), report=report, stop=stop)
     save_natural(out / "natural.safetensors", model, r2=None, card={"recipe": asdict(config)})
     print(out / "natural.safetensors")
@@ -72,7 +72,7 @@ def kernel_denoiser(
     from fastem.training.kernel_denoiser import DEFAULTS
 
     config = replace(_timed(DEFAULTS, minutes, cooldown), seed=seed)
-    with console.options_checked(), _running(config.minutes, progress) as (report, stop):
+    with _running(config.minutes, progress) as (report, stop), console.options_checked():
         train_kernel_denoiser(out, config, device=_device(device), report=report, stop=stop)
     print(out / "kernel.safetensors")
 
