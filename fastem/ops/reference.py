@@ -199,7 +199,7 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tens
     x_t, eps in network range, any equal shape -> x0_hat in [0, 1] and a mask of the same dtype (1 inside or on
     the border, else 0).
     """
-    x0_raw = (x_t - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)  # Eq. (12)
+    x0_raw = math.sqrt(1 / alpha_bar) * x_t - math.sqrt(1 / alpha_bar - 1) * eps  # Eq. (12)
     x0_hat = x0_raw.clamp(-1, 1)
     return (x0_hat + 1) / 2, (x0_raw == x0_hat).to(x_t.dtype)
 
