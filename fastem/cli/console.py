@@ -28,7 +28,6 @@ class ExitCode(IntEnum):
     OUTPUT = 5
     INTERRUPTED = 130
     PIPE = 141
-    TERMINATED = 143
 
 
 def _set_debug(value: bool) -> None:

@@ -14,6 +14,7 @@ import typer
 from fastem.cli import console, deblur, degrade, doctor, train
 from fastem.cli.console import ExitCode
 
+LEFT_BEHIND = "finished results are complete, the one in progress is absent"
 UsageError = typer.BadParameter.__base__  # typer's own copy of click has no public name for it
 
 app = typer.Typer(
@@ -34,7 +35,8 @@ app.command()(doctor.models)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and leaves the process with its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         code = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
@@ -53,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         _tell_usage(error)
         return ExitCode.USAGE
     except (typer.Abort, KeyboardInterrupt):
-        console.tell("interrupted", "finished results are complete, the one in progress is absent")
+        console.tell("interrupted", LEFT_BEHIND)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         raise
@@ -73,6 +75,7 @@ def _tell_usage(error: Exception) -> None:
     console.tell("E_USAGE", message, f"See {context.command_path if context else 'fastem'} --help")
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    console.tell("terminated", "finished results are complete, the one in progress is absent")
-    sys.exit(ExitCode.TERMINATED)
+def _stop(number: int, frame: object) -> NoReturn:
+    """Ends the process from where it stands; what is being written is removed on the way out."""
+    console.tell("interrupted" if number == signal.SIGINT else "terminated", LEFT_BEHIND)
+    sys.exit(128 + number)

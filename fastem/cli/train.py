@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,15 +45,13 @@ def image_prior(
     debug: console.Debug = False,
 ) -> None:
     """Train a natural-image prior on your own photos; gives OUT/natural.safetensors for fastem deblur --prior."""
-    from fastem.models import save_natural
     from fastem.training import TrainConfig, train_image_prior
 
     if missing := [str(path) for path in data if not path.exists()]:
         raise console.OptionError(f"no such file or folder: {', '.join(missing[:3])}")
     config = replace(_timed(TrainConfig(), minutes, cooldown), batch_size=batch_size, patch=patch, seed=seed)
     with _running(config.minutes, progress) as (report, stop), console.options_checked():
-        model = train_image_prior(data, out, config, device=_device(device), report=report, stop=stop)
-    save_natural(out / "natural.safetensors", model, r2=None, card={"recipe": asdict(config)})
+        train_image_prior(data, out, config, device=_device(device), report=report, stop=stop)
     print(out / "natural.safetensors")
 
 
