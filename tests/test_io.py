@@ -182,6 +182,26 @@ def test_palette_one_bit_and_transparency():
     np.testing.assert_array_equal(keyed.alpha == 0, (colour == colour[2, 2]).all(axis=-1))
 
 
+@pytest.mark.parametrize("planes", [1, 3])
+def test_transparent_colour_of_16_bit(planes):
+    values = noise(9, 10, planes, dtype=np.uint16)
+    key = values[4, 5]
+    buffer = io.BytesIO()
+    transparent = int(key[0]) if planes == 1 else tuple(map(int, key))
+    png.Writer(10, 9, bitdepth=16, greyscale=planes == 1, transparent=transparent).write(buffer, values.reshape(9, -1))
+    picture = decode_image(buffer.getvalue())
+    np.testing.assert_array_equal(picture.pixels, values.squeeze())
+    np.testing.assert_array_equal(picture.alpha, np.where((values == key).all(axis=-1), 0, 65535))
+
+
+def test_photo_with_a_second_picture_behind_it():
+    buffer = io.BytesIO()
+    second = Image.fromarray(noise(8, 8, 3))
+    Image.fromarray(smooth()).save(buffer, "MPO", save_all=True, append_images=[second])
+    picture = decode_image(buffer.getvalue())
+    assert picture.pixels.shape == (48, 64, 3) and picture.warnings[0].startswith("W_FRAMES")
+
+
 def test_colour_under_transparency_is_not_premultiplied():
     rgba = np.concatenate([noise(9, 10, 3), np.full((9, 10, 1), 1, np.uint8)], axis=-1)
     picture = decode_image(encoded(rgba))
