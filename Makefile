@@ -1,0 +1,94 @@
+# Each target works on a bare Debian or Ubuntu with python3, python3-venv, g++ and make.
+#   make demo       install, restore the photos in examples/, say where the results lie
+#   make test       install with the tools for tests, run the tests
+#   make native     rebuild the extension after a change in csrc/
+#   make cpp-test   build and test the kernels without torch or Python (needs cmake); make asan: under sanitizers
+#   make gpu-test   the tests that need a GPU
+#   make lint  make wheel  make clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+OMP_NUM_THREADS ?= 2
+PYTEST_ARGS ?=
+export OMP_NUM_THREADS
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE_SOURCES := setup.py $(wildcard csrc/cpu/* csrc/torch/* csrc/cuda/* csrc/include/fastem/*)
+
+.PHONY: demo test native gpu-test cpp-test asan lint wheel clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.native
+	$(BIN)/fastem deblur examples/*.jpg -o restored --save image,kernel,sheet,json
+	@echo
+	@for photo in examples/*.jpg; do \
+	  name=restored/$$(basename $$photo .jpg); \
+	  echo "sharp picture  $$name.png"; \
+	  echo "kernel         $$name.kernel.png"; \
+	  echo "before, after  $$name.sheet.png"; \
+	done
+
+test: $(VENV)/.dev $(VENV)/.native
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+gpu-test: $(VENV)/.dev $(VENV)/.native
+	FASTEM_REQUIRE=native,cuda,triton $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_triton.py $(PYTEST_ARGS)
+
+native: $(VENV)/.torch
+	rm -f $(VENV)/.native
+	$(MAKE) $(VENV)/.native
+
+cpp-test:
+	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/cmake --parallel
+	ctest --test-dir build/cmake --output-on-failure
+
+asan:
+	cmake -S . -B build/asan -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTEM_SANITIZE=ON -DFASTEM_CUDA=OFF
+	cmake --build build/asan --parallel
+	ctest --test-dir build/asan --output-on-failure
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel --no-isolation
+	@ls -l dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastem/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---------------------------------------------------------------- the virtual environment, one stamp per stage
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fastem needs Python 3.11 or later; choose one with make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "install python3-venv first: sudo apt install python3-venv"; exit 1; }
+	touch $@
+
+# PyPI's torch brings CUDA, several GB; where there is no GPU the CPU build is taken from its own index if it answers.
+$(VENV)/.torch: $(VENV)/.venv
+	if command -v nvidia-smi > /dev/null; then \
+	  $(PIP) install "$(TORCH)"; \
+	else \
+	  $(PIP) install --index-url "$(TORCH_CPU_INDEX)" --retries 0 --timeout 5 "$(TORCH)" || $(PIP) install "$(TORCH)"; \
+	fi
+	$(PIP) install "setuptools>=77" wheel ninja pybind11
+	touch $@
+
+# Python code in place (editable); the extension is the next stage, because its build can then be incremental.
+$(VENV)/.fastem: pyproject.toml $(VENV)/.torch
+	FASTEM_NATIVE=0 $(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.native: $(NATIVE_SOURCES) $(VENV)/.fastem
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.fastem
+	FASTEM_NATIVE=0 $(PIP) install --no-build-isolation -e ".[dev,tiff]"
+	touch $@
