@@ -35,14 +35,14 @@ def extension():
     wanted = os.environ.get("FASTEM_CUDA", "1" if nvcc else "0") == "1"
     if wanted and not nvcc:
         sys.exit("FASTEM_CUDA=1, but this torch has no CUDA or nvcc was not found")
-    windows = sys.platform == "win32"
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for is a plain loop without it
     # contraction off: fused multiply-adds are written out, so that vector bodies and scalar tails agree to the bit
-    cxx = ["/O2", "/openmp"] if windows else ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+    cxx = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *openmp]
     settings = {
         "name": "fastem._C",
         "include_dirs": [str(ROOT / "csrc" / "include"), str(ROOT / "csrc" / "cpu")],
-        "extra_link_args": [] if windows else ["-fopenmp"],
-        "py_limited_api": True,
+        "extra_link_args": openmp,
+        "py_limited_api": True,  # no Python symbol in it: torch.ops.load_library
     }
     if wanted:
         module = cpp_extension.CUDAExtension(

@@ -23,7 +23,7 @@ def no_environment(monkeypatch):
 @pytest.fixture
 def not_built(monkeypatch):
     """A machine without the extension."""
-    monkeypatch.setattr(native, "_problem", "No module named 'fastem._C'")
+    monkeypatch.setattr(native, "_problem", "it is not built")
     backend._warn_once.cache_clear()
 
 

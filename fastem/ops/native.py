@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-try:
-    import fastem._C  # noqa: F401  registers torch.ops.fastem
-except ImportError as error:  # not built, or built for another torch
-    _problem: str | None = str(error)
-else:
-    _problem = None
+
+def _load() -> str | None:
+    """Registers torch.ops.fastem; in words why it cannot. The library is no Python module: it needs torch alone."""
+    package = Path(__file__).parents[1]
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := package / f"_C{suffix}").is_file()]
+    if not built:
+        return "it is not built"
+    try:
+        torch.ops.load_library(built[0])
+    except OSError as error:  # built for another torch
+        return f"it does not load, {error}"
+    return None
+
+
+_problem = _load()
 
 
 def available() -> bool:
@@ -20,7 +32,7 @@ def available() -> bool:
 
 def why_not() -> str:
     """Why the extension is not available, in words; empty where it is."""
-    return "" if _problem is None else f"the extension fastem._C does not load ({_problem})"
+    return "" if _problem is None else f"no extension fastem._C: {_problem}"
 
 
 def build_info() -> str:
