@@ -111,9 +111,15 @@ def fused_conv(
     """The native `reference_conv`: its three results go to those of `out`, `silu` and `slope` that are given.
 
     An output may be the same tensor as `factor` or `residual`, not as x. The results of an image do not depend on the
-    other images or on the number of threads. There is no backward: see `pack_adjoint`.
+    other images or on the number of threads.
 
     Raises:
         ValueError, TypeError: if a shape, layout, dtype or device disagrees.
+        RuntimeError: if an input requires grad.
     """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gain, offset, factor, residual)):
+        raise RuntimeError(
+            "fused_conv has no backward and an input requires grad. Call it under torch.no_grad(); the gradient with "
+            "respect to x is a fused_conv with pack_adjoint(weight)."
+        )
     torch.ops.fastem.fused_conv(x, conv.data, conv.kind, conv.n_out, gain, offset, factor, residual, out, silu, slope)
