@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import triton
@@ -13,11 +14,15 @@ BLOCK = 1024  # elements per program; a multiple of 4, the normals of one Philox
 
 
 @triton.jit
-def _predict_x0_kernel(x_ptr, eps_ptr, x0_ptr, mask_ptr, count, sqrt_one_minus_ab, sqrt_ab, BLOCK: tl.constexpr):
-    """x0_raw = (x_t - sqrt(1 - ab) eps) / sqrt(ab), Eq. (12); clamped and mapped to [0, 1]; mask = not clamped."""
+def _predict_x0_kernel(x_ptr, eps_ptr, x0_ptr, mask_ptr, count, s_hi, s_lo, inv_a, BLOCK: tl.constexpr):
+    """x0_raw = (x_t - s eps) / a, Eq. (12); clamped and mapped to [0, 1]; mask = not clamped.
+
+    s = s_hi + s_lo beyond float32: at large t the difference is hundreds of times smaller than its terms.
+    """
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = e < count
-    raw = (tl.load(x_ptr + e, keep) - sqrt_one_minus_ab * tl.load(eps_ptr + e, keep)) / sqrt_ab
+    minus_eps = -tl.load(eps_ptr + e, keep)
+    raw = tl.fma(minus_eps, s_lo, tl.fma(minus_eps, s_hi, tl.load(x_ptr + e, keep))) * inv_a
     x0 = tl.where(raw < -1.0, -1.0, tl.where(raw > 1.0, 1.0, raw))  # passes nan on, as clamp does
     tl.store(x0_ptr + e, (x0 + 1.0) * 0.5, keep)
     tl.store(mask_ptr + e, tl.where(raw == x0, 1.0, 0.0), keep)
@@ -30,10 +35,11 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tens
     """
     x_t, eps = x_t.contiguous(), eps.contiguous()
     x0_hat, mask = torch.empty_like(x_t), torch.empty_like(x_t)
-    count = x_t.numel()
+    count, s = x_t.numel(), math.sqrt(1 - alpha_bar)
+    s_hi = struct.unpack("f", struct.pack("f", s))[0]  # s in float32
     with torch.cuda.device_of(x_t):
         _predict_x0_kernel[(triton.cdiv(count, BLOCK),)](
-            x_t, eps, x0_hat, mask, count, math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar), BLOCK=BLOCK
+            x_t, eps, x0_hat, mask, count, s_hi, s - s_hi, 1 / math.sqrt(alpha_bar), BLOCK=BLOCK
         )
     return x0_hat, mask
 
@@ -47,7 +53,7 @@ def _normal(seed, first_block, particle, step, stream, BLOCK: tl.constexpr):
     """
     block = (first_block + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = block * 0
-    w0, w1, w2, w3 = tl.philox(seed, block, zero + particle, zero + step, zero + stream)
+    w0, w1, w2, w3 = tl.philox(seed, block, zero + particle, zero + step.to(tl.uint32), zero + stream.to(tl.uint32))
     u0, u1 = ((w0 >> 9).to(tl.float32) + 0.5) * 2.0**-23, ((w1 >> 9).to(tl.float32) + 0.5) * 2.0**-23
     u2, u3 = ((w2 >> 9).to(tl.float32) + 0.5) * 2.0**-23, ((w3 >> 9).to(tl.float32) + 0.5) * 2.0**-23
     r01, r23 = tl.sqrt(-2.0 * tl.log(u0)), tl.sqrt(-2.0 * tl.log(u2))
@@ -62,7 +68,8 @@ def _philox_normal_kernel(seeds_ptr, out_ptr, n_particles, count, step, stream, 
     row = tl.program_id(1).to(tl.int64)  # row = b * n + i
     first = tl.program_id(0).to(tl.int64) * BLOCK
     e = first + tl.arange(0, BLOCK)
-    z = _normal(tl.load(seeds_ptr + row // n_particles), first // 4, (row % n_particles).to(tl.uint32), step, stream, BLOCK)
+    seed, particle = tl.load(seeds_ptr + row // n_particles), (row % n_particles).to(tl.uint32)
+    z = _normal(seed, first // 4, particle, step, stream, BLOCK)
     tl.store(out_ptr + row * count + e, z, e < count)
 
 

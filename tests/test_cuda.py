@@ -1,4 +1,4 @@
-"""The CUDA ops, and Triton on the GPU, against the specification in float64. Runs where torch sees a GPU: `make gpu-test`."""
+"""The CUDA ops against the specification in float64. Runs where torch sees a GPU: `make gpu-test`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def chain(widths=WIDTHS):
 def test_spectral_ops(size, batch, n):
     X, Y = half_spectrum(batch, n, 3, *size), half_spectrum(batch, 3, *size, seed=1)
     K = half_spectrum(batch, 1, *size, seed=2) / (size[0] * size[1])
-    assert_matches_spec("wiener_guidance", X, Y, K, random(batch, low=1e-3, high=1e-2), random(batch, low=0.1, high=0.6))
+    sigma2, r2 = random(batch, low=1e-3, high=1e-2), random(batch, low=0.1, high=0.6)
+    assert_matches_spec("wiener_guidance", X, Y, K, sigma2, r2)
     for per_channel in (False, True):
         assert_matches_spec("spectral_sums", X, Y, per_channel)
 
@@ -89,9 +90,10 @@ def test_spectral_ops(size, batch, n):
 def test_ops_on_the_support(size):
     a, g, k = affine(*size)
     assert_matches_spec("psf_to_otf", k, [max(size[0], 150), max(size[1], 256)])
-    assert_matches_spec("convolve_support", g, k)
-    assert_matches_spec("project_kernel", random(2, 1, *size, low=-0.5, high=1) + 0.5 * (k == k.amax((-2, -1), keepdim=True)))
-    assert_matches_spec("project_simplex", random(2, 1, *size, low=-0.5, high=1))
+    assert_matches_spec("convolve_support", random(*g.shape, low=0, high=1), k)  # no cancellation, not symmetric
+    z = random(2, 1, *size, low=-0.5, high=1)
+    assert_matches_spec("project_kernel", z + 0.5 * (z == z.amax((-2, -1), keepdim=True)))  # one value is positive
+    assert_matches_spec("project_simplex", z)
     assert_matches_spec("recentre", k**4)
     assert_matches_spec("simplex_least_squares", g, a, k, 12)
 
@@ -107,7 +109,8 @@ def test_chains(size):
     a, g, k = affine(*size)
     noise_std = torch.tensor([0.003, 0.02])
     assert_matches_spec("denoise_chain", k, noise_std, *chain())
-    assert_matches_spec("hqs_chain", a, g, k, noise_std, *chain(), 10, tolerance=1e-5)  # 10 times 7 layers
+    num_iters = 10 if a[0].numel() <= 64 * 64 else 1
+    assert_matches_spec("hqs_chain", a, g, k, noise_std, *chain(), num_iters, tolerance=1e-5)  # 10 times 7 layers
 
 
 @pytest.mark.parametrize("widths", [[2, 1], [2, 5, 3, 1], [2, 64, 64, 1]], ids=str)
@@ -132,7 +135,11 @@ def test_a_kernel_is_the_same_to_the_bit_in_any_company(batch):
 def test_step_ops(shape):
     (noise,) = assert_matches_spec("philox_normal", SEEDS, 3, list(shape), 7, 1)
     x_t, other, guidance = (random(4, 3, *shape, seed=i) for i in range(3))
-    assert_matches_spec("predict_x0", x_t, other, 0.6) if len(shape) == 1 else None
+    x0_hat, mask = on_gpu("predict_x0", 2 * x_t, other, 0.6)
+    expected, expected_mask = reference.predict_x0(2 * x_t.double(), other.double(), 0.6)
+    assert (x0_hat - expected).abs().max() < TOLERANCE
+    inside = (expected - 0.5).abs() < 0.5 - 1e-6  # float32 may land on either side of the bound
+    assert torch.equal(mask[inside], expected_mask[inside].float()) and mask.mean() < 1
     for guide in (None, guidance):
         for std in (0.0, 0.3):
             factors = (0.4, 0.6, std, -0.7)

@@ -63,7 +63,8 @@ def resources(report):
     """What ptxas -v says of each kernel."""
     kernels = {}
     for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry function|\Z)", report, re.S):
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", text).groups())
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        stack, stores, loads = map(int, memory.groups())
         registers = int(re.search(r"Used (\d+) registers", text).group(1))
         now = {"registers": registers, "spill": stores + loads, "stack": stack}
         plain = next((k for k in KERNELS if f"{len(k)}{k}" in name), name)  # as the ABI writes names: length, name
@@ -75,8 +76,10 @@ def resources(report):
 def test_binding_parses_against_the_headers_of_torch():
     """The CPU wheel of torch carries the headers of c10/cuda, which is all that the CUDA binding includes."""
     torch_include = Path(torch.__file__).parent / "include"
-    cuda_include = next((p for p in Path(NVCC).resolve().parents[1].glob("**/include") if (p / "cuda_runtime.h").exists()), None)
-    if cuda_include is None or not (torch_include / "c10/cuda/CUDAGuard.h").exists() or shutil.which("g++") is None:
+    plan = subprocess.run([NVCC, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    cuda_include = Path(re.search(r"TOP=(\S+)", plan).group(1)) / "include"
+    headers = [torch_include / "c10" / "cuda" / "CUDAGuard.h", cuda_include / "cuda_runtime.h"]
+    if shutil.which("g++") is None or not all(path.exists() for path in headers):
         pytest.skip("needs g++ and the headers of CUDA and of c10/cuda")
     defines = ["-DFASTEM_CUDA", "-DC10_USING_CUSTOM_GENERATED_MACROS"]  # the CPU wheel lacks one generated header
     includes = [f"-I{CSRC / 'include'}", "-isystem", torch_include, "-isystem", cuda_include]

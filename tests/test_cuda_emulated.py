@@ -158,7 +158,8 @@ def test_film_silu(cuda, shape, film, channels_last):
     expected = [reference.film_silu(*wide(x, scale, shift)), reference.film_silu_backward(*wide(grad, x, scale, shift))]
     for given, truth in zip((None, stored[1]), expected, strict=True):
         out = result(*stored[0].shape)
-        call(cuda.film_silu, given, stored[0], *pointers, 2 * chan, out, samples, chan, shape[2] * shape[3], channels_last)
+        sizes = (samples, chan, shape[2] * shape[3], channels_last)
+        call(cuda.film_silu, given, stored[0], *pointers, 2 * chan, out, *sizes)
         assert_close(out, truth.permute(order))
 
 
