@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from fastem import io, noise, runtime
-from fastem.em import HQS, KernelEstimator, Known, diffusion_em
+from fastem.em import HQS, Known, diffusion_em
 from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
 from fastem.ops.backend import use_backend
-from fastem.samplers import DDPM, PhiloxNoise, Renoise, Rule, Sample, sample
+from fastem.samplers import DDPM, KernelEstimator, PhiloxNoise, Renoise, Rule, Sample, sample
 from fastem.schedules import Schedule
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate

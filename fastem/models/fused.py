@@ -12,7 +12,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastem.models.natural import NaturalConfig, NaturalPrior, ResBlock, pad_to_multiple
 from fastem.ops.conv import ConvKind, PackedConv, fused_conv, pack_adjoint, pack_conv, runs_native
@@ -22,15 +21,15 @@ class FusedNaturalPrior(nn.Module):
     """`NaturalPrior` with the same `forward(x, sigma)`: faster where the native kernels run, the original elsewhere.
 
     They run for float32 on the CPU when no gradient is wanted for weights or sigma. The gradient with respect to x
-    works once; a gradient of the gradient raises. An image's result is the same to the bit whatever else is in the
-    batch and on any number of threads. Weights changed in place are noticed. The packed weights (9 times the size of
-    the weights, or 18 with gradients) and the buffers of the last image size are kept: `release()` frees them.
+    works once: create_graph=True raises. An image's result is the same to the bit whatever else is in the
+    batch and on any number of threads. Weights changed in place are noticed. The packed weights (4 times the size of
+    the weights, 8 once gradients were asked for) and the buffers of the last image size are kept until `release()`.
     """
 
     def __init__(self, prior: NaturalPrior) -> None:
         super().__init__()
         if prior.config.num_blocks < 1:
-            raise ValueError(f"at least one residual block per level is needed, got num_blocks={prior.config.num_blocks}")
+            raise ValueError(f"every level needs a residual block, got num_blocks={prior.config.num_blocks}")
         self.prior = prior
         self.config = prior.config
         self.release()
@@ -43,7 +42,6 @@ class FusedNaturalPrior(nn.Module):
     def release(self) -> None:
         """Frees what was kept for the next call."""
         self._network: _Network | None = None
-        self._network_key: tuple = ()
         self._pool = _Pool()
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -69,13 +67,13 @@ class FusedNaturalPrior(nn.Module):
     def _current_network(self) -> _Network:
         """The packed weights, packed anew if a weight was replaced or changed in place."""
         key = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.prior.parameters())
-        if self._network is None or self._network_key != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._network, self._network_key = _Network(self.prior), key
-        return self._network
+        network = self._network
+        if network is None or network.key != key:
+            self._network = network = _Network(self.prior, key)
+        return network
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_network": None, "_network_key": (), "_pool": _Pool()}  # copies start empty
+        return {**self.__dict__, "_network": None, "_pool": _Pool()}  # copies start empty
 
 
 class _Denoise(torch.autograd.Function):
@@ -88,8 +86,12 @@ class _Denoise(torch.autograd.Function):
         return network.denoise(x, levels, _Workspace(pool, x, network.config), ctx.slopes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "FusedNaturalPrior has no second derivatives and create_graph=True asks for them. "
+                "Differentiate the prior it was made from: fused.prior."
+            )
         grad = grad.contiguous()
         workspace = _Workspace(ctx.pool, grad, ctx.network.config)
         return ctx.network.pull_back(grad, ctx.levels, workspace, ctx.slopes), None, None, None
@@ -143,12 +145,13 @@ class _Stage:
 class _Network:
     """The layers in the order they run: stages of levels 0, 1, .., deepest, .., 1, 0."""
 
-    def __init__(self, prior: NaturalPrior) -> None:
+    def __init__(self, prior: NaturalPrior, key: tuple) -> None:
+        self.key = key  # of the weights it was made from
         self.config, self._embed, self._frequencies = prior.config, prior.embed, prior.frequencies
         down = [_Conv(layer, ConvKind.DOWN) for layer in prior.down]
         up = [_Conv(layer, ConvKind.UP) for layer in prior.up]
         entries, chains = [_Conv(prior.conv_in), *down], [*prior.encoder, prior.middle]
-        self.encoder = [_Stage(i, *parts) for i, parts in enumerate(zip(entries, chains, strict=True))]  # middle is last
+        self.encoder = [_Stage(i, *parts) for i, parts in enumerate(zip(entries, chains, strict=True))]
         self.decoder = [_Stage(i, *parts) for i, parts in enumerate(zip(up, prior.decoder, strict=True))][::-1]
         self.stages = self.encoder + self.decoder
         self.conv_out = _Conv(prior.conv_out)
@@ -241,20 +244,26 @@ class _Pool:
     """Buffers of the last image size that wait for the next call: fresh memory costs a page fault per 4 KB."""
 
     def __init__(self) -> None:
-        self._size, self._free = None, {}
+        self._buffers: tuple[tuple, dict[str, list[list[Tensor]]]] = (), {}
 
     def take(self, kind: str, size: tuple, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        if size != self._size:
-            self._size, self._free = size, {}
+        current, free = self._buffers  # read at once, replaced at once: other threads may be here
+        if current != size:
+            free = {}
+            self._buffers = size, free
         try:
-            return self._free[kind].pop()
+            return free[kind].pop()
         except (KeyError, IndexError):
             with torch.inference_mode(False):
                 return [torch.empty(shape) for shape in shapes]
 
     def give(self, kind: str, size: tuple, tensors: list[Tensor]) -> None:
-        if size == self._size:
-            self._free.setdefault(kind, []).append(tensors)
+        current, free = self._buffers
+        if current == size:
+            free.setdefault(kind, []).append(tensors)
+
+    def __len__(self) -> int:
+        return sum(len(waiting) for waiting in self._buffers[1].values())
 
 
 class _Loan:

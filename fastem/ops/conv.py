@@ -45,7 +45,7 @@ def reference_conv(
     factor: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`t = (gain z + offset) factor + residual` of the convolution z, then silu(t) and gain silu'(t). The specification.
+    """The specification: `t = (gain z + offset) factor + residual` of the convolution z; silu(t); gain silu'(t).
 
     x `(N, H, W, C)`; gain and offset `(N or 1, O)`; factor and residual like the output; all in any float precision.
     """
@@ -71,7 +71,7 @@ def reference_conv(
 
 
 def runs_native(x: Tensor) -> bool:
-    """Whether `fused_conv` is the way to go for tensors like x: float32 on the CPU, the extension built and not ruled out.
+    """Whether `fused_conv` is to run on tensors like x: float32, on the CPU, the extension built and not ruled out.
 
     Raises:
         RuntimeError: if the native backend is forced and the extension is not built.
@@ -82,7 +82,7 @@ def runs_native(x: Tensor) -> bool:
 
 
 def pack_conv(weight: Tensor, kind: ConvKind = ConvKind.SAME) -> PackedConv:
-    """Prepares weights, once, for `fused_conv` on this machine: `(O, C, h, w)`, for `UP` `(C, O, 2, 2)`; float32, CPU."""
+    """Weights for `fused_conv` on this machine, prepared once: `(O, C, h, w)`, or `(C, O, 2, 2)` for `UP`."""
     n_out, n_in = weight.shape[:2]
     if kind is ConvKind.UP:
         n_in, n_out = n_out, n_in
@@ -90,7 +90,7 @@ def pack_conv(weight: Tensor, kind: ConvKind = ConvKind.SAME) -> PackedConv:
 
 
 def pack_adjoint(weight: Tensor, kind: ConvKind = ConvKind.SAME) -> PackedConv:
-    """The same for the adjoint of the convolution with these weights, which is the gradient with respect to its input."""
+    """The same for the adjoint of this convolution, which is its gradient with respect to the input."""
     if kind is ConvKind.SAME:
         return pack_conv(weight.flip(2, 3).transpose(0, 1), kind)
     return pack_conv(weight, ConvKind.UP if kind is ConvKind.DOWN else ConvKind.DOWN)
