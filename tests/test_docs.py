@@ -169,7 +169,7 @@ def test_checks_can_fail():
     with pytest.raises(Exception, match="valid integer"):
         parse("fastem deblur a.png --seed blue")
     with pytest.raises(TypeError, match="sigmas"):
-        check_python("fastem.degrade(x, k, sigmas=1, seed=0)")
+        check_python("fastem.degrade(x, k, sigma=1, seed=0, sigmas=2)")
     with pytest.raises(ImportError):
         check_python("fastem.sharpen(x)")
     with pytest.raises(ImportError):
