@@ -55,7 +55,8 @@ def extension():
         cpu = [path for path in sources("csrc/cpu/*.cpp", "csrc/torch/*.cpp") if not path.endswith("_cuda.cpp")]
         module = cpp_extension.CppExtension(sources=cpu, extra_compile_args={"cxx": cxx}, **settings)
     build = cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": build}, "options": {"bdist_wheel": {"py_limited_api": "cp311"}}}
+    wheel = {"bdist_wheel": {"py_limited_api": "cp311"}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}, "options": wheel}
 
 
 def skip(reason):

@@ -21,12 +21,13 @@ from fastem.synth import motion_kernel
 
 
 def plain_fft_mstep(
-    y: Tensor, x0_hat: Tensor, k: Tensor, *, sigma: float, chain: tuple, lam: float = 1.0, beta: float = 1e5, num_iters: int = 10
-) -> Tensor:
+    y: Tensor, x0_hat: Tensor, k: Tensor, *, sigma: float, chain: tuple,
+    lam: float = 1.0, beta: float = 1e5, num_iters: int = 10,
+) -> Tensor:  # fmt: skip
     """Half-quadratic splitting as the released program does it: every transform at image size, in every iteration.
 
-    y `(1, C, H, W)`, x0_hat `(1, n, C, H, W)`, k `(1, 1, h, w)`; chain as for `ops.denoise_chain`. The channels are solved
-    apart and averaged, the weight has no factor n: `compat="released"`.
+    y `(1, C, H, W)`, x0_hat `(1, n, C, H, W)`, k `(1, 1, h, w)`; chain as for `ops.denoise_chain`. The channels are
+    solved apart and averaged, the weight has no factor n: `compat="released"`.
     """
     height, width = y.shape[-2:]
     h, w = k.shape[-2:]
@@ -109,8 +110,8 @@ def main() -> None:
                     difference = (fast("native") - plain).abs().max().item()
                 ms = {name: 1e3 * seconds for name, seconds in times.items()}
                 print(
-                    f"{size:5d} {ksize:3d} {n:3d} {ms['plain']:9.1f} ms {ms['reference']:9.1f} ms {ms['native']:6.1f} ms "
-                    f"{ms['plain'] / ms['native']:6.1f}x  {difference:.1e}"
+                    f"{size:5d} {ksize:3d} {n:3d} {ms['plain']:9.1f} ms {ms['reference']:9.1f} ms "
+                    f"{ms['native']:6.1f} ms {ms['plain'] / ms['native']:6.1f}x  {difference:.1e}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Backends for the tests. One that is missing skips, unless FASTEM_REQUIRE (native,triton,cuda) names it: then it fails."""
+"""Backends for the tests. One that is missing skips, or fails where FASTEM_REQUIRE=native,triton,cuda names it."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def test_the_innermost_block_decides(monkeypatch):
 
 
 def test_unknown_backend_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="must be one of auto, reference, native, triton, got 'cuda'"), use_backend("cuda"):
+    said = "must be one of auto, reference, native, triton, got 'cuda'"
+    with pytest.raises(ValueError, match=said), use_backend("cuda"):
         pass
     monkeypatch.setenv("FASTEM_BACKEND", "fast")
     with pytest.raises(ValueError, match="got 'fast'"):
@@ -66,7 +67,8 @@ def test_auto_without_the_extension_says_so_once(not_built):
 
 
 def test_forced_native_without_the_extension_raises(not_built):
-    with use_backend(Backend.NATIVE), pytest.raises(RuntimeError, match="cannot run on the native backend.*Build it with pip"):
+    said = "cannot run on the native backend.*Build it with pip"
+    with use_backend(Backend.NATIVE), pytest.raises(RuntimeError, match=said):
         ops.recentre(K)
 
 
@@ -118,7 +120,8 @@ def test_instruction_sets_agree(native_backend, tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "arguments.pt", tmp_path / "result.pt"],
-        env=os.environ | {"FASTEM_ISA": "generic", "FASTEM_BACKEND": "native"}, capture_output=True, text=True, check=True,
+        env=os.environ | {"FASTEM_ISA": "generic", "FASTEM_BACKEND": "native"},
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.startswith("cpu kernels: generic")
     torch.testing.assert_close(torch.load(tmp_path / "result.pt"), ops.hqs_chain(*arguments), rtol=1e-5, atol=1e-8)

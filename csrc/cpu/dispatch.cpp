@@ -96,10 +96,9 @@ void hqs_chain_cpu(const float* a, const float* g, const float* k, float noise_s
   kernels().hqs_chain(a, g, k, noise_std, out, packed, scratch, p, num_iters, parallel);
 }
 
-const ParallelFor kSerial = {[](const ParallelFor&, int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-                               body(context, 0, n);
-                             },
-                             nullptr};
+const ParallelFor kSerial = {
+    [](const ParallelFor&, int64_t n, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); },
+    nullptr};
 
 void predict_x0_cpu(const float* x, const float* eps, float* x0, float* mask, const PredictParams& p, int64_t begin,
                     int64_t end) {

@@ -1,6 +1,8 @@
 // One float vector of the instruction set being compiled: FASTEM_LANES lanes, unaligned loads and stores.
 #pragma once
 
+#include "fastem/math.h"
+
 namespace fastem {
 inline namespace FASTEM_ISA {
 

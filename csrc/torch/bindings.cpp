@@ -75,7 +75,8 @@ Tensor project_kernel(const Tensor& z_) {
   const Tensor z = dense(z_);
   const PsfParams p = psf_params(z);
   Tensor k = at::empty_like(z);
-  at::parallel_for(0, p.n_image, 8, [&](int64_t begin, int64_t end) { project_kernel_cpu(in(z), out(k), p, begin, end); });
+  at::parallel_for(0, p.n_image, 8,
+                   [&](int64_t begin, int64_t end) { project_kernel_cpu(in(z), out(k), p, begin, end); });
   return k;
 }
 
@@ -83,7 +84,8 @@ Tensor project_simplex(const Tensor& z_) {
   const Tensor z = dense(z_);
   const PsfParams p = psf_params(z);
   Tensor k = at::empty_like(z);
-  at::parallel_for(0, p.n_image, 1, [&](int64_t begin, int64_t end) { project_simplex_cpu(in(z), out(k), p, begin, end); });
+  at::parallel_for(0, p.n_image, 1,
+                   [&](int64_t begin, int64_t end) { project_simplex_cpu(in(z), out(k), p, begin, end); });
   return k;
 }
 
@@ -110,8 +112,8 @@ Tensor recentre(const Tensor& k_) {
   return moved;
 }
 
-// Calls one(image, scratch, parallel) for every image: a thread per image where there are enough images, else all threads
-// on one image at a time. Never both: torch's parallel regions do not nest. The results are the same.
+// Calls one(image, scratch, parallel) for every image: a thread per image where there are enough images, else all
+// threads on one image at a time. Never both: torch's parallel regions do not nest. The results are the same.
 template <typename One>
 void for_each_image(int64_t n_image, int64_t scratch_size, const One& one) {
   if (n_image >= at::get_num_threads()) {
@@ -133,10 +135,11 @@ Tensor denoise_chain(const Tensor& k_, const Tensor& noise_std_, at::TensorList 
   chain_pack_cpu(chain.params, packed.data());
   Tensor result = at::empty_like(k);
   const int64_t n = chain.params.h * chain.params.w;
-  for_each_image(k.size(0), chain_scratch_size(chain.params), [&](int64_t image, float* scratch, const ParallelFor& loop) {
-    denoise_chain_cpu(in(k) + image * n, in(noise_std)[image], out(result) + image * n, packed.data(), scratch,
-                      chain.params, loop);
-  });
+  for_each_image(k.size(0), chain_scratch_size(chain.params),
+                 [&](int64_t image, float* scratch, const ParallelFor& loop) {
+                   denoise_chain_cpu(in(k) + image * n, in(noise_std)[image], out(result) + image * n, packed.data(),
+                                     scratch, chain.params, loop);
+                 });
   return result;
 }
 

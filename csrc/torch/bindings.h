@@ -1,5 +1,5 @@
-// Checks and views that the CPU and the CUDA bindings share. Shapes are checked here once more, after the friendlier checks
-// in fastem/ops: a kernel must not read out of bounds whoever calls torch.ops.fastem.
+// Checks and views that the CPU and the CUDA bindings share. Shapes are checked here once more, after the friendlier
+// checks in fastem/ops: a kernel must not read out of bounds whoever calls torch.ops.fastem.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -47,8 +47,8 @@ inline Tensor dense_images(const Tensor& t, int64_t n_image) {
 }
 
 inline void check_same_shape(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
-  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, " must have the shape of ", like_name, ", ", like.sizes(), ", got ",
-                    t.sizes());
+  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, " must have the shape of ", like_name, ", ", like.sizes(),
+                    ", got ", t.sizes());
 }
 
 inline void check_device(const Tensor& t, const Tensor& like, const char* name) {
@@ -70,8 +70,9 @@ inline std::tuple<Tensor, Tensor> spectral_sums_outputs(const Tensor& X, bool pe
 inline SpectralParams wiener_params(const Tensor& X, const Tensor& Y, const Tensor& K, const Tensor& sigma2,
                                     const Tensor& r2) {
   const SpectralParams p = spectral_params(X, Y);
-  TORCH_CHECK_VALUE(K.dim() == 4 && K.size(0) == X.size(0) && K.size(1) == 1 && K.sizes().slice(2) == X.sizes().slice(3),
-                    "K must be (B, 1, H, W') like X ", X.sizes(), ", got ", K.sizes());
+  TORCH_CHECK_VALUE(
+      K.dim() == 4 && K.size(0) == X.size(0) && K.size(1) == 1 && K.sizes().slice(2) == X.sizes().slice(3),
+      "K must be (B, 1, H, W') like X ", X.sizes(), ", got ", K.sizes());
   for (const Tensor& scalar : {sigma2, r2})
     TORCH_CHECK_VALUE(scalar.dim() == 1 && scalar.size(0) == X.size(0), "sigma2 and r2 must be (B,) = (", X.size(0),
                       ",), got ", scalar.sizes());
@@ -82,15 +83,15 @@ inline SpectralParams wiener_params(const Tensor& X, const Tensor& Y, const Tens
 }
 
 inline PsfParams psf_params(const Tensor& k) {
-  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) == 1 && k.size(2) > 0 && k.size(3) > 0, "kernels must be (B, 1, h, w), got ",
-                    k.sizes());
+  TORCH_CHECK_VALUE(k.dim() == 4 && k.size(1) == 1 && k.size(2) > 0 && k.size(3) > 0,
+                    "kernels must be (B, 1, h, w), got ", k.sizes());
   return {k.size(0), k.size(2), k.size(3)};
 }
 
 inline OtfParams otf_params(const Tensor& k, at::IntArrayRef size) {
   const PsfParams p = psf_params(k);
-  TORCH_CHECK_VALUE(size.size() == 2 && size[0] >= p.h && size[1] >= p.w, "size must be (H, W), not smaller than the kernel (",
-                    p.h, ", ", p.w, "), got ", size);
+  TORCH_CHECK_VALUE(size.size() == 2 && size[0] >= p.h && size[1] >= p.w,
+                    "size must be (H, W), not smaller than the kernel (", p.h, ", ", p.w, "), got ", size);
   return {p.n_image, p.h, p.w, size[0], size[1]};
 }
 
@@ -100,9 +101,9 @@ inline Tensor otf_output(const Tensor& k, const OtfParams& p) {
 
 inline PsfParams convolve_params(const Tensor& g, const Tensor& k) {
   const PsfParams p = psf_params(k);
-  TORCH_CHECK_VALUE(g.dim() == 4 && g.size(0) == p.n_image && g.size(1) == 1 && g.size(2) == 2 * p.h - 1 &&
-                        g.size(3) == 2 * p.w - 1,
-                    "g must be (B, 1, 2h-1, 2w-1) for k ", k.sizes(), ", got ", g.sizes());
+  TORCH_CHECK_VALUE(
+      g.dim() == 4 && g.size(0) == p.n_image && g.size(1) == 1 && g.size(2) == 2 * p.h - 1 && g.size(3) == 2 * p.w - 1,
+      "g must be (B, 1, 2h-1, 2w-1) for k ", k.sizes(), ", got ", g.sizes());
   check_device(g, k, "g");
   return p;
 }
@@ -115,9 +116,9 @@ struct Chain {
   Chain(const Tensor& k, const Tensor& noise_std, at::TensorList weights, const OptionalTensors& biases, double scale) {
     const PsfParams p = psf_params(k);
     const int64_t n_layer = static_cast<int64_t>(weights.size());
-    TORCH_CHECK_VALUE(n_layer >= 1 && n_layer <= kMaxChainLayers && biases.size() == weights.size(),
-                      "a chain has 1..", kMaxChainLayers, " layers and a bias (or None) for each, got ", n_layer,
-                      " weights and ", biases.size(), " biases");
+    TORCH_CHECK_VALUE(n_layer >= 1 && n_layer <= kMaxChainLayers && biases.size() == weights.size(), "a chain has 1..",
+                      kMaxChainLayers, " layers and a bias (or None) for each, got ", n_layer, " weights and ",
+                      biases.size(), " biases");
     TORCH_CHECK_VALUE(noise_std.dim() == 1 && noise_std.size(0) == p.n_image, "noise_std must be (B,) = (", p.n_image,
                       ",), got ", noise_std.sizes());
     check_device(noise_std, k, "noise_std");
@@ -132,15 +133,16 @@ struct Chain {
       const OptionalTensor bias = biases.get(i);
       TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == n_in && weight.size(2) == 3 && weight.size(3) == 3 &&
                             weight.size(0) > 0 && (i + 1 < n_layer || weight.size(0) == 1),
-                        "layer ", i, " must have weights (out, ", n_in, ", 3, 3)", i + 1 < n_layer ? "" : " with out = 1",
-                        ", got ", weight.sizes());
+                        "layer ", i, " must have weights (out, ", n_in, ", 3, 3)",
+                        i + 1 < n_layer ? "" : " with out = 1", ", got ", weight.sizes());
       check_device(weight, k, "a weight");
       n_in = weight.size(0);
       params.layers[i] = {in(weight), nullptr, weight.size(1), weight.size(0)};
       alive.push_back(weight);
       if (bias) {
         const Tensor b = dense(*bias);
-        TORCH_CHECK_VALUE(b.dim() == 1 && b.size(0) == n_in, "the bias of layer ", i, " must be (", n_in, ",), got ", b.sizes());
+        TORCH_CHECK_VALUE(b.dim() == 1 && b.size(0) == n_in, "the bias of layer ", i, " must be (", n_in, ",), got ",
+                          b.sizes());
         check_device(b, k, "a bias");
         params.layers[i].bias = in(b);
         alive.push_back(b);
@@ -206,8 +208,8 @@ struct Film {
     scale = *scale_;
     shift = *shift_;
     for (const Tensor& t : {scale, shift}) {
-      TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1), "scale and shift must be (N, C) = (",
-                        x.size(0), ", ", x.size(1), "), got ", t.sizes());
+      TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1),
+                        "scale and shift must be (N, C) = (", x.size(0), ", ", x.size(1), "), got ", t.sizes());
       check_device(t, x, "scale or shift");
     }
     // Halves of one tensor stay where they are

@@ -98,7 +98,7 @@ def _triton_problem(op: str, tensors: Sequence[Tensor]) -> str | None:
     if op not in _implementation(Backend.TRITON).__all__:
         return f"it has no Triton twin; those of {', '.join(_implementation(Backend.TRITON).__all__)} have one"
     if os.environ.get("TRITON_INTERPRET") != "1" and any(t.device.type != "cuda" for t in tensors):
-        return "the tensors are not on a GPU. Move them there, or set TRITON_INTERPRET=1 before the start (slow, for tests)"
+        return "the tensors are not on a GPU. Move them there, or start with TRITON_INTERPRET=1 (slow, for tests)"
     return None
 
 

@@ -35,4 +35,5 @@ def _check_film(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> None:
     if (scale is None) != (shift is None):
         raise ValueError("give scale and shift, or neither")
     if scale is not None and shift is not None and not scale.shape == shift.shape == x.shape[:2]:
-        raise ValueError(f"scale and shift must be {tuple(x.shape[:2])}, got {tuple(scale.shape)} and {tuple(shift.shape)}")
+        got = f"{tuple(scale.shape)} and {tuple(shift.shape)}"
+        raise ValueError(f"scale and shift must be {tuple(x.shape[:2])}, got {got}")

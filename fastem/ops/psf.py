@@ -147,8 +147,8 @@ def hqs_chain(
 def recentre(k: Tensor) -> Tensor:
     """Moves each kernel by a cubic spline so that its centre of mass sits at `(h - h % 2) / 2 + (1 - h % 2) / 2`.
 
-    The interpolation of the released program: neither clipped nor renormalised, zeros outside. k `(B, 1, h, w)` -> the same
-    shape; a kernel of no mass, or not finite, becomes 0. Source: Unser 1999.
+    The interpolation of the released program: neither clipped nor renormalised, zeros outside. k `(B, 1, h, w)` -> the
+    same shape; a kernel of no mass, or not finite, becomes 0. Source: Unser 1999.
     """
     _check_kernels(k, "k")
     return run("recentre", k)
@@ -167,8 +167,9 @@ def _check_like(t: Tensor, k: Tensor, name: str) -> None:
 def _check_autocorrelation(g: Tensor, k: Tensor) -> None:
     _check_kernels(k, "k")
     h, w = k.shape[-2:]
-    if g.shape != (k.shape[0], 1, 2 * h - 1, 2 * w - 1):
-        raise ValueError(f"g must be {(k.shape[0], 1, 2 * h - 1, 2 * w - 1)} for k {tuple(k.shape)}, got {tuple(g.shape)}")
+    expected = (k.shape[0], 1, 2 * h - 1, 2 * w - 1)
+    if g.shape != expected:
+        raise ValueError(f"g must be {expected} for k {tuple(k.shape)}, got {tuple(g.shape)}")
 
 
 def _check_chain(k: Tensor, noise_std: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

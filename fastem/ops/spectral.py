@@ -33,7 +33,7 @@ def wiener_guidance(X: Tensor, Y: Tensor, K: Tensor, sigma2: Tensor, r2: Tensor)
         X: `(B, n, C, H, W')` complex, spectra of the particles.
         Y: `(B, C, H, W')` complex, spectra of the observations.
         K: `(B, 1, H, W')` complex, half spectra of the kernels (`psf_to_otf`); one kernel serves all images.
-        sigma2: `(B,)` or `(1,)` real, variance of the noise in image units; > 0, or Eq. (17) divides by zero where K = 0.
+        sigma2: `(B,)` or `(1,)` real, variance of the noise in image units; > 0: Eq. (17) divides by it where K = 0.
         r2: `(B,)` or `(1,)` real, r_t^2 >= 0 in image units.
 
     Returns:

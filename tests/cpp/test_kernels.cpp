@@ -98,7 +98,8 @@ void in_pieces(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
 
 void test_spectral(int64_t n_freq) {
   const SpectralParams p{2, 3, 3, n_freq};
-  const auto X = random_spectrum(2 * 3 * 3 * n_freq, 1), Y = random_spectrum(2 * 3 * n_freq, 2), K = random_spectrum(2 * n_freq, 3);
+  const auto X = random_spectrum(2 * 3 * 3 * n_freq, 1), Y = random_spectrum(2 * 3 * n_freq, 2),
+             K = random_spectrum(2 * n_freq, 3);
   for (const bool per_channel : {false, true}) {
     const int64_t n_chan = per_channel ? 3 : 1, count = 2 * n_chan * n_freq;
     std::vector<complex> xy(count);
@@ -145,7 +146,9 @@ void test_psf_to_otf(int64_t h, int64_t w, int64_t height, int64_t width) {
           for (int64_t x = 0; x < w; ++x)
             expected[(b * height + u) * p.n_col() + v] +=
                 static_cast<double>(k[(b * h + y) * w + x]) *
-                std::polar(1.0, -2 * kPi * (u * (y - h / 2.0 + h % 2 / 2.0) / height + v * (x - w / 2.0 + w % 2 / 2.0) / width));
+                std::polar(
+                    1.0,
+                    -2 * kPi * (u * (y - h / 2.0 + h % 2 / 2.0) / height + v * (x - w / 2.0 + w % 2 / 2.0) / width));
   std::vector<float> cos_h(height), sin_h(height), cos_w(width), sin_w(width);
   dft_table(height, cos_h.data(), sin_h.data());
   dft_table(width, cos_w.data(), sin_w.data());
@@ -213,7 +216,8 @@ void test_psf(int64_t h, int64_t w) {
       double sum = 0;
       for (int64_t y = 0; y < h; ++y)
         for (int64_t x = 0; x < w; ++x)
-          if (y + dy >= 0 && y + dy < h && x + dx >= 0 && x + dx < w) sum += double(z[y * w + x]) * z[(y + dy) * w + x + dx];
+          if (y + dy >= 0 && y + dy < h && x + dx >= 0 && x + dx < w)
+            sum += double(z[y * w + x]) * z[(y + dy) * w + x + dx];
       spd[(dy + h - 1) * (2 * w - 1) + dx + w - 1] = static_cast<float>(sum);
     }
   const auto b = random_floats(n, 7);
@@ -266,7 +270,8 @@ void test_recentre(int64_t h, int64_t w) {
   for (int64_t i = 0; i < n; ++i) mass += k[i], row += k[i] * double(i / w), col += k[i] * double(i % w);
   std::vector<double> moved(n);
   for (int64_t y = 0; y < h; ++y) {
-    const auto line = shift_line(std::vector<double>(k.begin() + y * w, k.begin() + (y + 1) * w), (w - 1) / 2.0 + (w % 2 ? 0 : 1) - col / mass);
+    const auto line = shift_line(std::vector<double>(k.begin() + y * w, k.begin() + (y + 1) * w),
+                                 (w - 1) / 2.0 + (w % 2 ? 0 : 1) - col / mass);
     std::copy(line.begin(), line.end(), moved.begin() + y * w);
   }
   for (int64_t x = 0; x < w; ++x) {
@@ -305,7 +310,8 @@ struct Net {
       p.layers[i] = {weights[i].data(), biases[i].empty() ? nullptr : biases[i].data(), widths[i], widths[i + 1]};
     return p;
   }
-  std::vector<double> operator()(const std::vector<double>& k, double noise_std, int64_t h, int64_t w, double scale) const {
+  std::vector<double> operator()(const std::vector<double>& k, double noise_std, int64_t h, int64_t w,
+                                 double scale) const {
     std::vector<double> map(2 * h * w, noise_std * scale);
     for (int64_t i = 0; i < h * w; ++i) map[i] = k[i] * scale;
     for (size_t layer = 0; layer < weights.size(); ++layer) {
@@ -330,13 +336,14 @@ struct Net {
 };
 
 // Two threads on uneven halves.
-const ParallelFor kTwoThreads = {[](const ParallelFor&, int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-                                   const int64_t middle = n / 3;
-                                   std::thread first([=] { body(context, 0, middle); });
-                                   body(context, middle, n);
-                                   first.join();
-                                 },
-                                 nullptr};
+const ParallelFor kTwoThreads = {
+    [](const ParallelFor&, int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
+      const int64_t middle = n / 3;
+      std::thread first([=] { body(context, 0, middle); });
+      body(context, middle, n);
+      first.join();
+    },
+    nullptr};
 
 void test_chain(int64_t h, int64_t w, const std::vector<int64_t>& inner) {
   const Net net(inner);
@@ -388,7 +395,8 @@ void test_step(int64_t n) {
   const NoiseParams noise{1, 1, n, 3, 4};
   const int64_t seed = -6;
   Guarded<float> normals(n), out(n), fused(n);
-  in_pieces(noise.blocks(), [&](int64_t begin, int64_t end) { philox_normal_cpu(&seed, normals.data(), noise, begin, end); });
+  in_pieces(noise.blocks(),
+            [&](int64_t begin, int64_t end) { philox_normal_cpu(&seed, normals.data(), noise, begin, end); });
   std::vector<double> expected_noise(n), expected(n);
   for (int64_t i = 0; i < n; ++i) {
     uint32_t words[4] = {static_cast<uint32_t>(i / 4), 0, 3, 4};
@@ -465,7 +473,8 @@ int main() {
       test_psf_to_otf(h, w, 13, 10);
     }
   test_psf_to_otf(9, 11, 32, 150);
-  for (const auto& [h, w] : {std::pair<int64_t, int64_t>{1, 1}, {1, 9}, {2, 2}, {3, 8}, {5, 33}, {17, 16}, {20, 19}, {9, 50}}) {
+  for (const auto& [h, w] :
+       {std::pair<int64_t, int64_t>{1, 1}, {1, 9}, {2, 2}, {3, 8}, {5, 33}, {17, 16}, {20, 19}, {9, 50}}) {
     test_psf(h, w);
     test_recentre(h, w);
     test_chain(h, w, {8, 8});

@@ -13,8 +13,8 @@ struct ChainLayer {
   int64_t n_in, n_out;
 };
 
-// 3x3 convolutions with ReLU between, on (kernel, constant noise-level plane); both planes are multiplied by `scale`, the
-// result divided by it. The first layer has 2 inputs, the last 1 output.
+// 3x3 convolutions with ReLU between, on (kernel, constant noise-level plane); both planes are multiplied by `scale`,
+// the result divided by it. The first layer has 2 inputs, the last 1 output.
 struct ChainParams {
   int64_t n_image, h, w;
   ChainLayer layers[kMaxChainLayers];
@@ -48,11 +48,11 @@ void hqs_chain_cpu(const float* a, const float* g, const float* k, float noise_s
 
 #ifdef FASTEM_CUDA
 // All images, asynchronously on `stream`: a, k, out (image, h, w), g (image, 2 h - 1, 2 w - 1), noise_std (image). The
-// pointers of `p.layers` are on the device, `p` itself on the host. Allocates nothing; `scratch` holds chain_cuda_scratch
-// floats (16-byte aligned, may be 0); returns the launch status.
+// pointers of `p.layers` are on the device, `p` itself on the host. Allocates nothing; `scratch` holds
+// chain_cuda_scratch floats (16-byte aligned, may be 0); returns the launch status.
 int64_t chain_cuda_scratch(const ChainParams& p);
-cudaError_t denoise_chain_cuda(const float* k, const float* noise_std, float* out, float* scratch,
-                               const ChainParams& p, cudaStream_t stream);
+cudaError_t denoise_chain_cuda(const float* k, const float* noise_std, float* out, float* scratch, const ChainParams& p,
+                               cudaStream_t stream);
 cudaError_t hqs_chain_cuda(const float* a, const float* g, const float* k, const float* noise_std, float* out,
                            float* scratch, const ChainParams& p, int64_t num_iters, cudaStream_t stream);
 #endif

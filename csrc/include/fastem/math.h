@@ -2,8 +2,8 @@
 //
 // Each instruction-set build includes this file with its own FASTEM_ISA, so that the linker never
 // replaces a plain function by one that needs newer instructions. `fmadd` fixes which products are
-// rounded: vector bodies and their scalar tails then agree to the bit. FASTEM_FMA says that the target has the instruction
-// (GCC 12 does not define __FMA__ under a target pragma).
+// rounded: vector bodies and their scalar tails then agree to the bit. FASTEM_FMA says that the target has the
+// instruction (GCC 12 does not define __FMA__ under a target pragma).
 #pragma once
 
 #include <cmath>

@@ -55,8 +55,8 @@ FASTEM_HD void philox_normal4(uint64_t seed, uint32_t block, uint32_t particle, 
 
 }  // namespace FASTEM_ISA
 
-// Standard normal noise (n_image, n_particle, n_element) from `seeds` (n_image). A range counts blocks of 4 elements over
-// all particles, [begin, end) of n_image * n_particle * blocks().
+// Standard normal noise (n_image, n_particle, n_element) from `seeds` (n_image). A range counts blocks of 4 elements
+// over all particles, [begin, end) of n_image * n_particle * blocks().
 void philox_normal_cpu(const int64_t* seeds, float* out, const NoiseParams& p, int64_t begin, int64_t end);
 #ifdef FASTEM_CUDA
 cudaError_t philox_normal_cuda(const int64_t* seeds, float* out, const NoiseParams& p, cudaStream_t stream);

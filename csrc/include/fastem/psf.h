@@ -7,12 +7,15 @@
 namespace fastem {
 
 struct OtfParams {
-  int64_t n_image, h, w;   // kernel
-  int64_t height, width;   // image; kernels are not larger
-  int64_t n_col() const { return width / 2 + 1; }  // columns of a half spectrum
+  int64_t n_image, h, w;  // kernel
+  int64_t height, width;  // image; kernels are not larger
+
+  // Columns of a half spectrum.
+  int64_t n_col() const { return width / 2 + 1; }
 };
 
-// Half spectrum of kernels by a pruned DFT, in two passes. `turns_*` are tables cos, sin (2 pi i / size), i < size.
+// Half spectrum of kernels by a pruned DFT, in two passes. The tables of dft_table,
+// cos and sin (2 pi i / size) for i < size, are of the width for the rows and of the height for the columns.
 // Rows: R (image, h, n_col) from k; rows [begin, end) of n_image * h.
 // Columns: K (image, height, n_col) from R; frequency rows u and height - u together, pairs [begin, end) of
 // n_image * (height / 2 + 1).

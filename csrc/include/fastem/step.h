@@ -35,9 +35,10 @@ void step_update_philox_cpu(const float* x, const float* x0, const int64_t* seed
                             const StepParams& p, const NoiseParams& noise, int64_t begin, int64_t end);
 
 #ifdef FASTEM_CUDA
-// `n` elements, asynchronously on `stream`. Allocates nothing; all pointers are on the device; returns the launch status.
-cudaError_t predict_x0_cuda(const float* x, const float* eps, float* x0, float* mask, const PredictParams& p,
-                            int64_t n, cudaStream_t stream);
+// `n` elements, asynchronously on `stream`. Allocates nothing; all pointers are on the device; returns the launch
+// status.
+cudaError_t predict_x0_cuda(const float* x, const float* eps, float* x0, float* mask, const PredictParams& p, int64_t n,
+                            cudaStream_t stream);
 cudaError_t step_update_cuda(const float* x, const float* x0, const float* noise, const float* guidance, float* out,
                              const StepParams& p, int64_t n, cudaStream_t stream);
 cudaError_t step_update_philox_cuda(const float* x, const float* x0, const int64_t* seeds, const float* guidance,
