@@ -1,7 +1,7 @@
-"""The bundled prior by fused native convolutions against eager torch, in one process: `python benchmarks/bench_unet.py`.
+"""The bundled prior by fused native convolutions against eager torch: `python benchmarks/bench_unet.py`.
 
-Both see the same weights and image and the calls alternate, so that what else runs on the machine slows both. Eager
-is measured plain and with channels-last weights and image; the ratio is to the faster of the two, of medians.
+One process. Both see the same weights and image and the calls alternate, so that what else runs on the machine slows
+both. Eager is measured plain and with channels-last weights and image; the ratio is to the faster one, of medians.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ def main() -> None:
     args = parser.parse_args()
 
     clock = time.process_time if args.cpu_time else time.perf_counter
-    print(
-        f"{args.batch} x 3 x {args.size} x {args.size}, float32, {'CPU' if args.cpu_time else 'wall'} ms: median (fastest)"
-    )
+    shape = f"{args.batch} x 3 x {args.size} x {args.size}"
+    print(f"{shape}, float32, {'CPU' if args.cpu_time else 'wall'} ms: median (fastest)")
     print(f"torch {torch.__version__}; {native.build_info()}")
     inputs, nets = problem(args.batch, args.size), networks()
     for threads in args.threads:
