@@ -1,4 +1,4 @@
-// The convolutions for AVX512. Standard headers come before the target: their inline functions are shared with other files.
+// The convolutions for AVX512. Standard headers come before the target: other files share their inline functions.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 

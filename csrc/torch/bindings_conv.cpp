@@ -68,8 +68,8 @@ void fused_conv(const Tensor& x, const Tensor& packed, int64_t kind, int64_t n_o
                     " values where this convolution of ", p.n_in, " to ", n_out, " channels wants ",
                     fastem::conv_packed_size(p), ": pack the weights with conv_pack, on this machine");
   const bool down = p.kind == ConvKind::kDown, up = p.kind == ConvKind::kUp;
-  TORCH_CHECK_VALUE(!down || (p.height % 2 == 0 && p.width % 2 == 0), "a 2x2 convolution of stride 2 wants even sizes, got ",
-                    p.height, " x ", p.width);
+  TORCH_CHECK_VALUE(!down || (p.height % 2 == 0 && p.width % 2 == 0),
+                    "a 2x2 convolution of stride 2 wants even sizes, got ", p.height, " x ", p.width);
   const auto size = [&](int64_t n) { return down ? n / 2 : up ? 2 * n : n; };
   const int64_t sizes[] = {p.n_image, size(p.height), size(p.width), n_out};
   fastem::ConvEpilogue e{};

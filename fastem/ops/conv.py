@@ -3,8 +3,8 @@
 Activations are `(N, H, W, C)`, float32, contiguous. Kinds: `SAME` is 3x3 with stride 1 and zero padding 1, `DOWN` is
 2x2 with stride 2, `UP` its transpose; weights are those of `torch.nn.Conv2d` and `ConvTranspose2d`.
 
-The native 3x3 kernel is Winograd's F(4x4, 3x3) (Lavin and Gray 2016) with the points 0, +-5/8, +-3/2, infinity and sums
-cut at 32 channels: its error is that of a direct convolution in float32.
+The native 3x3 kernel is Winograd's F(4x4, 3x3) (Lavin and Gray 2016) with the points 0, +-11/16, +-3/2, infinity and
+sums cut at 16 channels: its error is that of a direct convolution in float32.
 """
 
 from __future__ import annotations
