@@ -1,4 +1,4 @@
-"""Who knows the kernel: `Known` (non-blind), `HQS` (Fast EM, Algorithm 2), and the outer loop of Diffusion EM."""
+"""Who knows the kernel: `Known` (non-blind), `EdgeEM` and `HQS` (Fast EM, Algorithm 2), and the outer loop of Diffusion EM."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastem import ops
 from fastem.guidance import Guidance, Variance, default_r2
+from fastem.initial import difference_spectra, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
 from fastem.samplers import DDPM, Noise, Rule, Sample, sample
-from fastem.schedules import Schedule, Step
+from fastem.schedules import Schedule, Step, time_of_sigma
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,57 @@ class HQS:
             sigma=observation.sigma, prior=self.prior, beta=self.beta, num_iters=self.num_iters, compat=self.compat,
             r2=r2 if self.r2_ridge else 0.0,
         )  # fmt: skip
-        return KernelState(ops.recentre(k))
+        k = ops.recentre(k)
+        if not released:  # a map without mass, or an M-step that overflowed, keeps the kernel it had
+            k = torch.where(torch.isfinite(k).all(-1).all(-1)[..., None, None] & (k.sum((-2, -1), keepdim=True) > 0), k, state.k)
+        return KernelState(k)
+
+
+@dataclass(frozen=True)
+class EdgeEM:
+    """Fast EM from a coarse-to-fine start: the default.
+
+    Starting at a delta, x0_hat is as blurry as y and the M-step returns the delta; `k_start` comes from
+    `fastem.initial`. While the noise is high x0_hat has no edges to learn from and the kernel rests. Below `sigma_on` the E-step
+    is the posterior mean given y and the present kernel, and the M-step the least squares on the simplex in the
+    gradient domain, which is whiter: Eq. (24) with the projection inside the solve instead of after it.
+    """
+
+    k_start: Tensor  # (B, 1, h, w)
+    sigma_on: float = 0.1  # of sigma_t, relative to [-1, 1]
+    ridge: float = 0.3
+    num_iters: int = 20
+    inflation: float = 2.0  # of sigma in the E-step: the error of the kernel counts as noise
+
+    def start(self, observation: Observation) -> KernelState:
+        return KernelState(self.k_start.to(observation.y))
+
+    def update(self, state: KernelState, X: Tensor, observation: Observation, step: Step, r2: float) -> KernelState:
+        if step.sigma_t > self.sigma_on:
+            return state
+        K = ops.psf_to_otf(state.k, observation.size)
+        sigma2 = (self.inflation * observation.sigma) ** 2
+        mean = X + r2 * ops.wiener_guidance(X, observation.Y, K, sigma2, torch.full_like(sigma2, r2))
+        Dy, Dx = difference_spectra(observation.size, X)
+        white = Dy.abs() ** 2 + Dx.abs() ** 2  # the power spectrum of images falls like 1 / f^2
+        cross, energy = ops.spectral_sums(mean, observation.Y)
+        k = fit_on_simplex(white * cross, white * energy, state.k, observation.size, self.ridge, self.num_iters)
+        return KernelState(torch.where(torch.isfinite(k).all(-1).all(-1)[..., None, None], k, state.k))
+
+
+def denoise_observation(model: nn.Module, observation: Observation) -> Tensor:
+    """The blurry images without their noise, `(B, C, H, W)` in [0, 1]: the prior's estimate at the level of the noise.
+
+    Images of one batch may differ in sigma; each is denoised at its own.
+    """
+    sigma_t = 2 * observation.sigma.double()  # relative to [-1, 1]
+    alpha_bar = 1 / (1 + sigma_t**2)
+    t = torch.tensor([time_of_sigma(s) for s in sigma_t.tolist()], device=observation.y.device)
+    a, s = (v.to(observation.y.dtype).view(-1, 1, 1, 1) for v in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+    x_t = a * (2 * observation.y - 1)
+    with torch.no_grad():
+        x0_hat = (x_t - s * model(x_t, t)) / a  # Eq. (12)
+    return ((x0_hat + 1) / 2).clamp(0, 1)
 
 
 def delta_kernel(batch: int, size: tuple[int, int]) -> Tensor:

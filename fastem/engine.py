@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from fastem import io, noise, runtime
-from fastem.em import HQS, Known, diffusion_em
+from fastem.em import HQS, EdgeEM, Known, denoise_observation, diffusion_em
 from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean
+from fastem.initial import CoarseToFine
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
@@ -26,7 +27,8 @@ from fastem.schedules import Schedule
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 MIN_SIDE = 8  # pixels
-SIGMA_MAX, SIGMA_MIN = 3.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
+SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
+INFLATION = 2.0  # of sigma where the kernel is an estimate
 
 
 class Method(StrEnum):
@@ -136,7 +138,7 @@ class Deblurrer:
         prior: the diffusion prior: a bundled name (`"natural"`), a checkpoint file, a state dict or an eps model.
         method: `"fast-em"` (Algorithm 2), `"diffusion-em"` (Algorithm A.1) or `"known"` (the kernel is always given).
         guidance: `"mean"` (Jacobian-free, the default), `"pigdm"` or `"dps"`.
-        steps: reverse steps; by default what the guidance needs (30, 100, 1000).
+        steps: reverse steps; by default what the guidance needs (15, 100, 1000).
         particles: samples per image; the M-step uses all of them.
         kernel_size: side of the kernel's support in pixels, odd or even, or (h, w).
         compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
@@ -162,7 +164,7 @@ class Deblurrer:
         released = self.compat == "released"
         self.guidance = _choice("guidance", guidance or ("pigdm" if released else "mean"), Guide)
         self.boundary = _choice("boundary", boundary, ("auto", "photo", "circular"))
-        default_steps = {Guide.MEAN: 30, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
+        default_steps = {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
         size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
@@ -268,37 +270,44 @@ class Deblurrer:
         with use_backend(self.backend):
             if self.method is Method.DIFFUSION_EM and kernel is None:
                 drawn = diffusion_em(
-                    model, observation, self._guide(), schedule, prior=prior, kernel_size=ksize, noise=philox,
+                    model, observation, self._guide(blind=False), schedule, prior=prior, kernel_size=ksize, noise=philox,
                     compat=self.compat, rule=rule, r2=r2,
                 )  # fmt: skip
                 return drawn, canvas, trace
-            estimator = Known(kernel.to(y)) if kernel is not None else self._estimator(prior, ksize)
+            if kernel is not None:
+                estimator: KernelEstimator = Known(kernel.to(y))
+            elif self.compat == "released":
+                estimator = HQS(prior, ksize, compat=self.compat)
+            else:
+                k_start = CoarseToFine()(denoise_observation(model, observation), ksize)
+                estimator = EdgeEM(k_start, inflation=INFLATION)
             first = schedule.step(len(schedule) - 1)
             x_start = None
             if self.guidance is Guide.MEAN:  # the schedule starts where the low frequencies of y are right
                 a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
                 x_start = a * (2 * observation.y[:, None] - 1) + s * philox(0).start()
             drawn = sample(
-                model, observation, estimator, self._guide(), schedule, noise=philox(0), rule=rule, r2=r2, x_start=x_start,
+                model, observation, estimator, self._guide(blind=kernel is None), schedule, noise=philox(0), rule=rule, r2=r2, x_start=x_start,
                 on_step=record,
             )  # fmt: skip
         return drawn, canvas, trace
 
-    def _guide(self) -> Guidance:
-        return {Guide.MEAN: PosteriorMean(), Guide.PIGDM: PiGDM(self.compat), Guide.DPS: DPS(self.compat)}[self.guidance]
+    def _guide(self, *, blind: bool) -> Guidance:
+        mean = PosteriorMean(INFLATION if blind else 1.0)
+        return {Guide.MEAN: mean, Guide.PIGDM: PiGDM(self.compat), Guide.DPS: DPS(self.compat)}[self.guidance]
 
     def _schedule(self) -> tuple[Schedule, Rule]:
         if self.guidance is Guide.MEAN:
             return Schedule.karras(self.steps, SIGMA_MAX, SIGMA_MIN), Renoise(0.5)
         return Schedule.linear().respace(self.steps), DDPM()
 
-    def _estimator(self, prior: PnP, ksize: tuple[int, int]) -> KernelEstimator:
-        return HQS(prior, ksize, compat=self.compat)
-
     def _canvas(self, y: Tensor, ksize: tuple[int, int]) -> Canvas:
         size = (y.shape[-2], y.shape[-1])
-        periodic = self.boundary == "circular" or self.compat == "released" or self.boundary == "auto" and looks_periodic(y)
-        return Canvas.around(size, (0, 0) if periodic else ksize, multiple=1 if periodic else 8)
+        roomy = all(n >= 1.5 * m for n, m in zip(size, ksize, strict=True))
+        if self.boundary == "circular" or self.compat == "released" or (self.boundary == "auto" and roomy and looks_periodic(y)):
+            return Canvas(*size, size)
+        margin = tuple(max(m, 2 * m - n) for n, m in zip(size, ksize, strict=True))
+        return Canvas.around(size, margin)
 
     def _chi2(self, drawn: Sample, k: Tensor, y: Tensor, canvas: Canvas, sigma: float) -> float:
         x = drawn.images.mean(dim=1)

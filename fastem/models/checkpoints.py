@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastem.io import atomic_write
 from fastem.models.eps import DenoiserEps, EpsModel, UNetEps
+from fastem.models.fused import FusedNaturalPrior
 from fastem.models.natural import NaturalConfig, NaturalPrior
 from fastem.models.unet import UNet, UNetConfig
 
@@ -391,7 +392,7 @@ def load_model(
     try:
         if kind == NATURAL or (kind is None and "conv_in.weight" in state_dict):
             natural = NaturalConfig.from_dict(config) if kind else _natural_config(state_dict)
-            model: EpsModel = DenoiserEps(_build(NaturalPrior, natural, state_dict), r2)
+            model: EpsModel = DenoiserEps(FusedNaturalPrior(_build(NaturalPrior, natural, state_dict)), r2)
         elif kind == UNET:
             model = UNetEps(_build(UNet, UNetConfig.from_dict(config), state_dict), r2)
         elif kind is None and any(name.startswith("input_blocks.") for name in state_dict):
