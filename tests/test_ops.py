@@ -15,7 +15,8 @@ if native.available() or not torch.cuda.is_available():
 else:
     DEVICE = "cuda"
 TOLERANCE = 2e-6  # largest difference over largest value
-LOOSER = {"convolve_support": 5e-6, "simplex_least_squares": 1e-5, "hqs_chain": 1e-5, "recentre": 5e-6}
+LOOSER = {"simplex_least_squares": 1e-5, "hqs_chain": 1e-5}  # many rounds of rounding
+LOOSER_REFERENCE = {"convolve_support": 5e-6, "recentre": 5e-6}  # plain torch in single precision is no better
 SIZES = [(1, 1), (2, 7), (8, 8), (33, 31), (16, 17)]
 TWINS = (
     "film_silu", "film_silu_backward", "philox_normal", "predict_x0", "spectral_sums", "step_update", "wiener_guidance",
@@ -110,7 +111,8 @@ def relative_error(actual, expected):
 
 def assert_matches_spec(op, *args, tolerance=None):
     error = relative_error(getattr(ops, op)(*args), getattr(reference, op)(*double(args)))
-    limit = tolerance or LOOSER.get(op, TOLERANCE)
+    looser = LOOSER | LOOSER_REFERENCE if ops.current_backend() is not Backend.NATIVE else LOOSER
+    limit = tolerance or looser.get(op, TOLERANCE)
     assert error < limit, f"{op}: relative error {error:.1e}, allowed {limit:.1e}"
 
 
@@ -220,8 +222,10 @@ def test_otf_of_any_kernel_that_fits(height, width, data):
 @settings(max_examples=25, deadline=None)
 @given(h=side, w=side)
 def test_support_ops_of_any_size(h, w):
-    for op in ("convolve_support", "project_kernel", "project_simplex", "recentre"):
-        assert_matches_spec(op, *arguments(op, h, w, batch=1))
+    with use_backend(Backend.NATIVE if native.available() else Backend.AUTO):
+        for op in ("convolve_support", "project_kernel", "project_simplex", "recentre"):
+            assert_matches_spec(op, *arguments(op, h, w, batch=1))
+        assert_matches_spec("convolve_support", uniform(1, 1, 2 * h - 1, 2 * w - 1, low=0.0), kernels(1, h, w))
 
 
 @settings(max_examples=10, deadline=None)
