@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastem import ops
-from fastem.guidance import Guidance, Variance, default_r2
+from fastem.guidance import Guidance, Variance, default_r2, pseudo_inverse
 from fastem.initial import difference_spectra, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
@@ -91,13 +91,27 @@ class EdgeEM:
         if step.sigma_t > self.sigma_on:
             return state
         K = ops.psf_to_otf(state.k, observation.size)
-        sigma2 = (self.inflation * observation.sigma) ** 2
-        mean = X + r2 * ops.wiener_guidance(X, observation.Y, K, sigma2, torch.full_like(sigma2, r2))
-        Dy, Dx = difference_spectra(observation.size, X)
-        white = Dy.abs() ** 2 + Dx.abs() ** 2  # the power spectrum of images falls like 1 / f^2
-        cross, energy = ops.spectral_sums(mean, observation.Y)
-        k = fit_on_simplex(white * cross, white * energy, state.k, observation.size, self.ridge, self.num_iters)
+        mean = X + r2 * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2)
+        D = difference_spectra(observation.size, X)  # gradients are whiter: images have a power spectrum like 1 / f^2
+        border = tuple(m // 2 for m in self.k_start.shape[-2:])
+        cross, energy = gradient_sums(mean, observation, D, border)
+        k = fit_on_simplex(cross, energy, state.k, observation.size, self.ridge, self.num_iters)
         return KernelState(torch.where(torch.isfinite(k).all(-1).all(-1)[..., None, None], k, state.k))
+
+
+def gradient_sums(
+    X: Tensor, observation: Observation, D: tuple[Tensor, Tensor], border: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`ops.spectral_sums` of the gradients of x and y; on a canvas, of those of x at least `border` inside the image."""
+    inside = None if observation.canvas is None else observation.canvas.inside(border, observation.y)
+    cross = energy = 0
+    for difference in D:
+        G = difference * X
+        if inside is not None:
+            G = torch.fft.rfft2(torch.fft.irfft2(G, s=observation.size) * inside)
+        sums = ops.spectral_sums(G, difference * observation.Y)
+        cross, energy = cross + sums[0], energy + sums[1]
+    return cross, energy
 
 
 def denoise_observation(model: nn.Module, observation: Observation) -> Tensor:

@@ -251,7 +251,7 @@ class Deblurrer:
         """
         ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
         canvas = self._canvas(y, ksize)
-        observation = Observation.of(canvas.extend(y), sigma)
+        observation = Observation.of(canvas.extend(y), sigma, canvas)
         model = runtime.fit_to_size(self.model, observation.size, self.tile)
         schedule, rule = self._schedule()
         trace: list[dict] = []
@@ -279,7 +279,8 @@ class Deblurrer:
             elif self.compat == "released":
                 estimator = HQS(prior, ksize, compat=self.compat)
             else:
-                k_start = CoarseToFine()(denoise_observation(model, observation), ksize)
+                inside = None if canvas.periodic else canvas.inside(tuple(m // 2 for m in ksize), y)
+                k_start = CoarseToFine()(denoise_observation(model, observation), ksize, inside)
                 estimator = EdgeEM(k_start, inflation=INFLATION)
             first = schedule.step(len(schedule) - 1)
             x_start = None

@@ -25,9 +25,18 @@ def default_r2(sigma_t: float) -> float:
     return sigma_t**2 / (1 + (sigma_t / 0.5) ** 2)
 
 
-def residual(X: Tensor, K: Tensor, observation: Observation) -> Tensor:
-    """`y - H x0_hat` `(B, n, C, H, W)`, from half spectra X `(B, n, C, H, W')` and K `(B, 1, H, W')`."""
-    return torch.fft.irfft2(observation.Y[:, None] - K[:, None] * X, s=observation.size)
+def pseudo_inverse(X: Tensor, K: Tensor, observation: Observation, sigma: Tensor, r2: float) -> Tensor:
+    """The spectrum of `v = H^T (r^2 H H^T + sigma^2)^-1 (y - H x0_hat)`, Eq. (17), like X.
+
+    X `(B, n, C, H, W')`, K `(B, 1, H, W')`, sigma `(B,)` and r2 in [0, 1] units.
+    """
+    r2_t = torch.full_like(sigma, r2)
+    if observation.canvas is None:
+        return ops.wiener_guidance(X, observation.Y, K, sigma**2, r2_t)  # Eq. (17)
+    E, n = observation.residual(X, K), X.shape[1]  # particles differ where y was not measured: each is an image here
+    rows = [v.repeat_interleave(n, dim=0) for v in (K, sigma**2, r2_t)]
+    V = ops.wiener_guidance(torch.zeros_like(E).flatten(0, 1)[:, None], E.flatten(0, 1), *rows)
+    return V.view_as(X)
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,7 @@ class PiGDM:
         return step.beta / math.sqrt(1 - step.beta) * 0.5  # Eq. (15): beta_t / sqrt(alpha_t) times the score
 
     def direction(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
-        r2_t = torch.full_like(observation.sigma, self.r2(step, r2))
-        V = ops.wiener_guidance(X, observation.Y, K, observation.sigma**2, r2_t)  # Eq. (17)
+        V = pseudo_inverse(X, K, observation, observation.sigma, self.r2(step, r2))
         return torch.fft.irfft2(V, s=observation.size)
 
 
@@ -76,8 +84,8 @@ class DPS:
         return math.sqrt(step.alpha_bar)  # zeta
 
     def direction(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
-        e = residual(X, K, observation)
-        v = torch.fft.irfft2(K.conj()[:, None] * torch.fft.rfft2(e), s=observation.size)
+        E = observation.residual(X, K)
+        e, v = (torch.fft.irfft2(F, s=observation.size) for F in (E, K.conj()[:, None] * E))
         norm = e.square().sum(dim=(2, 3, 4), keepdim=True).sqrt()
         return v / norm.clamp(min=torch.finfo(v.dtype).tiny)  # gradient of -||y - H x0_hat||
 
@@ -104,9 +112,8 @@ class PosteriorMean:
 
     def mean(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
         """The spectrum of mu, like X."""
-        r2_t = torch.full_like(observation.sigma, self.r2(step, r2))
-        V = ops.wiener_guidance(X, observation.Y, K, (self.inflation * observation.sigma) ** 2, r2_t)  # Eq. (17)
-        return X + self.r2(step, r2) * V
+        r2_t = self.r2(step, r2)
+        return X + r2_t * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2_t)
 
 
 Guidance = PiGDM | DPS | PosteriorMean

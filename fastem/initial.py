@@ -33,12 +33,13 @@ class CoarseToFine:
     solver_iters: int = 40  # of the kernel fit
     threshold: float = 0.05  # kernel values below this part of the peak are dropped
 
-    def __call__(self, y: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    def __call__(self, y: Tensor, kernel_size: tuple[int, int], inside: Tensor | None = None) -> Tensor:
         """The kernel of each image.
 
         Args:
             y: `(B, C, H, W)` in [0, 1], periodic, with as little noise as possible.
             kernel_size: (h, w) of the support; no larger than the image.
+            inside: `(H, W)`, 1 where the gradients of the sharp image may teach the kernel, 0 elsewhere; all by default.
 
         Returns:
             `(B, 1, h, w)`, non-negative, sums to 1, centre of mass within half a pixel of `(h // 2, w // 2)`.
@@ -49,7 +50,8 @@ class CoarseToFine:
             factor = max(s / full for s, full in zip(size, kernel_size, strict=True))
             shape = tuple(min(n, max(2 * round(n * factor / 2), 2)) for n in y.shape[-2:])
             k = _smallest(y, size) if k is None else _resize_kernel(k, size)
-            k = self._alternate(torch.fft.rfft2(shrink(y, shape)), k, shape)
+            mask = None if inside is None else F.interpolate(inside[None, None], size=shape)
+            k = self._alternate(torch.fft.rfft2(shrink(y, shape)), k, shape, mask)
         return k
 
     def scales(self, kernel_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -59,10 +61,12 @@ class CoarseToFine:
             sizes.append(tuple(max(_odd_below(n / self.ratio, n), 1) for n in sizes[-1]))
         return sizes[::-1]
 
-    def _alternate(self, Y: Tensor, k: Tensor, shape: tuple[int, int]) -> Tensor:
+    def _alternate(self, Y: Tensor, k: Tensor, shape: tuple[int, int], mask: Tensor | None) -> Tensor:
         sparsity = self.sparsity
         for _ in range(self.num_iters):
             Gy, Gx = self._sparse_gradients(Y, ops.psf_to_otf(k, shape), sparsity, shape)
+            if mask is not None:
+                Gy, Gx = (torch.fft.rfft2(torch.fft.irfft2(G, s=shape) * mask) for G in (Gy, Gx))
             k = self._fit(Gy, Gx, Y, k, shape)
             sparsity = max(sparsity / self.sparsity_decay, self.sparsity_min)
         return k

@@ -12,24 +12,59 @@ from fastem import ops
 
 
 @dataclass(frozen=True)
+class Canvas:
+    """A periodic frame around an image: the image sits at the top left, the margin below and right joins its borders."""
+
+    height: int
+    width: int
+    image: tuple[int, int]  # size of the image inside
+
+    @property
+    def periodic(self) -> bool:
+        """Whether there is no margin: the image itself is taken as periodic."""
+        return self.image == (self.height, self.width)
+
+    @classmethod
+    def around(cls, image: tuple[int, int], margin: tuple[int, int], multiple: int = 8) -> Canvas:
+        """At least `margin` pixels of join in each direction, sizes rounded up to where FFTs are fast."""
+        return cls(*(fast_size(n + m, multiple) for n, m in zip(image, margin, strict=True)), image)
+
+    def extend(self, y: Tensor) -> Tensor:
+        """`(..., H, W)` -> `(..., height, width)`: continues the image smoothly from its bottom to its top, right to left."""
+        y = _join_ends(y, self.height - self.image[0], dim=-2)
+        return _join_ends(y, self.width - self.image[1], dim=-1)
+
+    def crop(self, x: Tensor) -> Tensor:
+        return x[..., : self.image[0], : self.image[1]]
+
+    def inside(self, border: tuple[int, int], like: Tensor) -> Tensor:
+        """`(height, width)`: 1 where a pixel is at least `border` away from the edge of the image, 0 elsewhere."""
+        mask = torch.zeros(self.height, self.width, dtype=like.dtype, device=like.device)
+        (h, w), (top, left) = self.image, border
+        mask[top : max(h - top, top), left : max(w - left, left)] = 1
+        return mask
+
+
+@dataclass(frozen=True)
 class Observation:
     """What was measured: `y = k (*) x + sigma * noise`, images in [0, 1].
 
-    y `(B, C, H, W)`; sigma `(B,)`, the std of the noise in image units, > 0.
+    y `(B, C, H, W)`; sigma `(B,)`, the std of the noise in image units, > 0. The margin of `canvas` was not measured.
     """
 
     y: Tensor
     sigma: Tensor
+    canvas: Canvas | None = None
 
     @classmethod
-    def of(cls, y: Tensor, sigma: float | Tensor) -> Observation:
+    def of(cls, y: Tensor, sigma: float | Tensor, canvas: Canvas | None = None) -> Observation:
         sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(y.shape[0])
         if not bool((sigma > 0).all()):
             raise ValueError(
                 f"sigma must be > 0, got {sigma.tolist()}: without noise the kernel and the guidance divide by zero. "
                 "Use a small floor such as 0.5 / 255."
             )
-        return cls(y, sigma)
+        return cls(y, sigma, None if canvas is None or canvas.periodic else canvas)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,6 +74,17 @@ class Observation:
     def Y(self) -> Tensor:
         """The half spectrum of y, computed once for a whole trajectory."""
         return torch.fft.rfft2(self.y)
+
+    def residual(self, X: Tensor, K: Tensor) -> Tensor:
+        """The spectrum of `y - H x`, `(B, n, C, H, W')`, from half spectra X alike and K `(B, 1, H, W')`.
+
+        What was not measured counts as explained: the residual is 0 there.
+        """
+        E = self.Y[:, None] - K[:, None] * X
+        if self.canvas is None:
+            return E
+        inside = self.canvas.inside((0, 0), self.y)
+        return torch.fft.rfft2(torch.fft.irfft2(E, s=self.size) * inside)
 
 
 def blur(x: Tensor, k: Tensor) -> Tensor:
@@ -71,37 +117,6 @@ def check_fits(k: Tensor, size: tuple[int, int]) -> None:
             f"the kernel {k.shape[-2]}x{k.shape[-1]} is larger than the image {size[0]}x{size[1]}; "
             "choose a smaller kernel size or pad the image"
         )
-
-
-# ------------------------------------------------------------------------------------ photographs are not periodic
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """A periodic frame around an image: the image sits at the top left, the margin below and right joins its borders."""
-
-    height: int
-    width: int
-    image: tuple[int, int]  # size of the image inside
-
-    @classmethod
-    def around(cls, image: tuple[int, int], margin: tuple[int, int], multiple: int = 8) -> Canvas:
-        """At least `margin` pixels of join in each direction, sizes rounded up to where FFTs are fast."""
-        return cls(*(fast_size(n + m, multiple) for n, m in zip(image, margin, strict=True)), image)
-
-    def extend(self, y: Tensor) -> Tensor:
-        """`(..., H, W)` -> `(..., height, width)`: continues the image smoothly from its bottom to its top, right to left."""
-        y = _join_ends(y, self.height - self.image[0], dim=-2)
-        return _join_ends(y, self.width - self.image[1], dim=-1)
-
-    def crop(self, x: Tensor) -> Tensor:
-        return x[..., : self.image[0], : self.image[1]]
-
-    def impute(self, y: Tensor, inside: Tensor) -> Tensor:
-        """`y` with its margin replaced by that of `inside`, such as the blurred estimate: what was never observed."""
-        out = inside.clone()
-        out[..., : self.image[0], : self.image[1]] = y[..., : self.image[0], : self.image[1]]
-        return out
 
 
 def fast_size(n: int, multiple: int) -> int:
