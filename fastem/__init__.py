@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "fastem.engine": ("Deblurrer", "Restoration", "deblur"),
-    "fastem.em": ("HQS", "Known", "diffusion_em"),
+    "fastem.em": ("EdgeEM", "HQS", "Known", "diffusion_em"),
     "fastem.samplers": ("DDIM", "DDPM", "PhiloxNoise", "Renoise", "sample"),
     "fastem.guidance": ("DPS", "PiGDM", "PosteriorMean"),
     "fastem.mstep": ("L1", "L2", "PnP", "mstep"),
