@@ -279,8 +279,7 @@ class Deblurrer:
             elif self.compat == "released":
                 estimator = HQS(prior, ksize, compat=self.compat)
             else:
-                inside = None if canvas.periodic else canvas.inside(tuple(m // 2 for m in ksize), y)
-                k_start = CoarseToFine()(denoise_observation(model, observation), ksize, inside)
+                k_start = CoarseToFine()(denoise_observation(model, observation), ksize, canvas)
                 estimator = EdgeEM(k_start, inflation=INFLATION)
             first = schedule.step(len(schedule) - 1)
             x_start = None

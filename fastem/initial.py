@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastem import ops
+from fastem.operators import Canvas
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class CoarseToFine:
     solver_iters: int = 40  # of the kernel fit
     threshold: float = 0.05  # kernel values below this part of the peak are dropped
 
-    def __call__(self, y: Tensor, kernel_size: tuple[int, int], inside: Tensor | None = None) -> Tensor:
+    def __call__(self, y: Tensor, kernel_size: tuple[int, int], canvas: Canvas | None = None) -> Tensor:
         """The kernel of each image.
 
         Args:
             y: `(B, C, H, W)` in [0, 1], periodic, with as little noise as possible.
             kernel_size: (h, w) of the support; no larger than the image.
-            inside: `(H, W)`, 1 where the gradients of the sharp image may teach the kernel, 0 elsewhere; all by default.
+            canvas: where y was measured, if it is not periodic: the rest is filled by the fitted images, and only
+                gradients whose blur was seen in full teach the kernel.
 
         Returns:
             `(B, 1, h, w)`, non-negative, sums to 1, centre of mass within half a pixel of `(h // 2, w // 2)`.
@@ -50,8 +52,7 @@ class CoarseToFine:
             factor = max(s / full for s, full in zip(size, kernel_size, strict=True))
             shape = tuple(min(n, max(2 * round(n * factor / 2), 2)) for n in y.shape[-2:])
             k = _smallest(y, size) if k is None else _resize_kernel(k, size)
-            mask = None if inside is None else F.interpolate(inside[None, None], size=shape)
-            k = self._alternate(torch.fft.rfft2(shrink(y, shape)), k, shape, mask)
+            k = self._alternate(shrink(y, shape), k, shape, None if canvas is None or canvas.periodic else canvas)
         return k
 
     def scales(self, kernel_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -61,18 +62,24 @@ class CoarseToFine:
             sizes.append(tuple(max(_odd_below(n / self.ratio, n), 1) for n in sizes[-1]))
         return sizes[::-1]
 
-    def _alternate(self, Y: Tensor, k: Tensor, shape: tuple[int, int], mask: Tensor | None) -> Tensor:
-        sparsity = self.sparsity
+    def _alternate(self, y: Tensor, k: Tensor, shape: tuple[int, int], canvas: Canvas | None) -> Tensor:
+        measured = seen = None
+        if canvas is not None:
+            border = tuple(max(n // 2 for n in k.shape[-2:]) * m // s for m, s in zip((canvas.height, canvas.width), shape, strict=True))
+            measured, seen = (F.interpolate(canvas.inside(b, y)[None, None], size=shape) for b in ((0, 0), border))
+        Y, sparsity = torch.fft.rfft2(y), self.sparsity
         for _ in range(self.num_iters):
-            Gy, Gx = self._sparse_gradients(Y, ops.psf_to_otf(k, shape), sparsity, shape)
-            if mask is not None:
-                Gy, Gx = (torch.fft.rfft2(torch.fft.irfft2(G, s=shape) * mask) for G in (Gy, Gx))
+            K = ops.psf_to_otf(k, shape)
+            X, Gy, Gx = self._sparse_gradients(Y, K, sparsity, shape)
+            if canvas is not None:
+                Gy, Gx = (torch.fft.rfft2(torch.fft.irfft2(G, s=shape) * seen) for G in (Gy, Gx))
+                Y = torch.fft.rfft2(torch.where(measured > 0, y, torch.fft.irfft2(K * X, s=shape)))
             k = self._fit(Gy, Gx, Y, k, shape)
             sparsity = max(sparsity / self.sparsity_decay, self.sparsity_min)
         return k
 
-    def _sparse_gradients(self, Y: Tensor, K: Tensor, sparsity: float, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Spectra of the few gradients of `argmin ||k * x - y||^2 + sparsity ||grad x||_0`, by splitting (Xu et al.)."""
+    def _sparse_gradients(self, Y: Tensor, K: Tensor, sparsity: float, shape: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Spectra of `x = argmin ||k * x - y||^2 + sparsity ||grad x||_0` and of its few gradients, by splitting (Xu et al.)."""
         Dy, Dx = difference_spectra(shape, Y)
         K2, D2 = K.real**2 + K.imag**2, Dy.real**2 + Dy.imag**2 + Dx.real**2 + Dx.imag**2
         X, data, coupling = Y, K.conj() * Y, 2 * sparsity
@@ -82,7 +89,7 @@ class CoarseToFine:
             Gy, Gx = torch.fft.rfft2(gy * keep), torch.fft.rfft2(gx * keep)
             coupling *= 2
             if coupling >= 2 * self.coupling_max:
-                return Gy, Gx
+                return X, Gy, Gx
             X = (data + coupling / 2 * (Dy.conj() * Gy + Dx.conj() * Gx)) / (K2 + coupling / 2 * D2)
 
     def _fit(self, Gy: Tensor, Gx: Tensor, Y: Tensor, k: Tensor, shape: tuple[int, int]) -> Tensor:
