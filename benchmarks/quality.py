@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py DATA -o results.json [--sigma 5 10] [--boundary circular valid] [--known] [--limit N]
 
-DATA holds `sharp/` and `faces/` (256 x 256 PNG) and `kernels/*.npy`; image i gets kernel i modulo their number, of those of
- up to 33 pixels. PSNR is shift-aligned and gain-compensated; the gain is over the blurred input, aligned in the same way.
+DATA holds `sharp/` and `faces/` (256 x 256 PNG) and `kernels/*.npy`. Image i gets kernel i modulo their number, of those
+of up to 33 pixels. PSNR is shift-aligned and gain-compensated; the gain is over the blurred input, aligned likewise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def load_kernels(data: Path) -> list[tuple[str, np.ndarray]]:
     return [(name, synth.pad_kernel(k, KERNEL_SIZE)) for name, k in given if max(k.shape) <= KERNEL_SIZE]
 
 
-def run(engine: fastem.Deblurrer, x: np.ndarray, k: np.ndarray, sigma: float, boundary: str, seed: int, known: bool) -> dict:
+def run(
+    engine: fastem.Deblurrer, x: np.ndarray, k: np.ndarray, sigma: float, boundary: str, seed: int, known: bool
+) -> dict:
     y = synth.degrade(x, k, sigma, seed, boundary=boundary)
     if boundary == "valid":
         x = x[KERNEL_SIZE // 2 : KERNEL_SIZE // 2 + y.shape[0], KERNEL_SIZE // 2 : KERNEL_SIZE // 2 + y.shape[1]]

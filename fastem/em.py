@@ -1,4 +1,4 @@
-"""Who knows the kernel: `Known` (non-blind), `EdgeEM` and `HQS` (Fast EM, Algorithm 2), and the outer loop of Diffusion EM."""
+"""Who knows the kernel: `Known`; `EdgeEM` and `HQS` (Fast EM, Algorithm 2); and the outer loop of Diffusion EM."""
 
 from __future__ import annotations
 
@@ -58,13 +58,16 @@ class HQS:
         released = self.compat == "released"
         sums = ops.spectral_sums(X, observation.Y, per_channel=released)
         k = mstep_from_sums(
-            *sums, state.k, size=observation.size, count=X.shape[1] * (1 if released else X.shape[2]), particles=X.shape[1],
-            sigma=observation.sigma, prior=self.prior, beta=self.beta, num_iters=self.num_iters, compat=self.compat,
+            *sums, state.k, size=observation.size, count=X.shape[1] * (1 if released else X.shape[2]),
+            particles=X.shape[1], sigma=observation.sigma, prior=self.prior, beta=self.beta,
+            num_iters=self.num_iters, compat=self.compat,
             r2=r2 if self.r2_ridge else 0.0,
         )  # fmt: skip
         k = ops.recentre(k)
         if not released:  # a map without mass, or an M-step that overflowed, keeps the kernel it had
-            k = torch.where(torch.isfinite(k).all(-1).all(-1)[..., None, None] & (k.sum((-2, -1), keepdim=True) > 0), k, state.k)
+            k = torch.where(
+                torch.isfinite(k).all(-1).all(-1)[..., None, None] & (k.sum((-2, -1), keepdim=True) > 0), k, state.k
+            )
         return KernelState(k)
 
 
@@ -73,9 +76,9 @@ class EdgeEM:
     """Fast EM from a coarse-to-fine start: the default.
 
     Starting at a delta, x0_hat is as blurry as y and the M-step returns the delta; `k_start` comes from
-    `fastem.initial`. While the noise is high x0_hat has no edges to learn from and the kernel rests. Below `sigma_on` the E-step
-    is the posterior mean given y and the present kernel, and the M-step the least squares on the simplex in the
-    gradient domain, which is whiter: Eq. (24) with the projection inside the solve instead of after it.
+    `fastem.initial`. While the noise is high x0_hat has no edges to learn from and the kernel rests. Below `sigma_on`
+    the E-step is the posterior mean given y and the present kernel, and the M-step the least squares on the simplex in
+    the gradient domain, which is whiter: Eq. (24) with the projection inside the solve instead of after it.
     """
 
     k_start: Tensor  # (B, 1, h, w)
@@ -102,7 +105,7 @@ class EdgeEM:
 def gradient_sums(
     X: Tensor, observation: Observation, D: tuple[Tensor, Tensor], border: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """`ops.spectral_sums` of the gradients of x and y; on a canvas, of those of x at least `border` inside the image."""
+    """`ops.spectral_sums` of the gradients of x and y; on a canvas, those of x at least `border` inside the image."""
     inside = None if observation.canvas is None else observation.canvas.inside(border, observation.y)
     cross = energy = 0
     for difference in D:
@@ -138,8 +141,8 @@ def delta_kernel(batch: int, size: tuple[int, int]) -> Tensor:
 
 def diffusion_em(
     model: nn.Module, observation: Observation, guidance: Guidance, schedule: Schedule, *, prior: KernelPrior,
-    kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = 10, beta: float = 1e5, num_iters: int = 10,
-    compat: str = "paper", rule: Rule = DDPM(), r2: Variance = default_r2,
+    kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = 10, beta: float = 1e5,
+    num_iters: int = 10, compat: str = "paper", rule: Rule = DDPM(), r2: Variance = default_r2,  # noqa: B008  (frozen)
     on_round: Callable[[int, Sample, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Diffusion EM, Algorithm A.1: posterior samples with the current kernel, then one M-step on them, L times.
@@ -152,7 +155,8 @@ def diffusion_em(
     for round_ in range(num_rounds):
         drawn = sample(model, observation, Known(k), guidance, schedule, noise=noise(round_), rule=rule, r2=r2)
         k = mstep(
-            observation.y, drawn.images, k, sigma=observation.sigma, prior=prior, beta=beta, num_iters=num_iters, compat=compat,
+            observation.y, drawn.images, k, sigma=observation.sigma, prior=prior, beta=beta, num_iters=num_iters,
+            compat=compat,
         )  # fmt: skip
         if on_round is not None:
             on_round(round_, drawn, k)

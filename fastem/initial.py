@@ -65,7 +65,10 @@ class CoarseToFine:
     def _alternate(self, y: Tensor, k: Tensor, shape: tuple[int, int], canvas: Canvas | None) -> Tensor:
         measured = seen = None
         if canvas is not None:
-            border = tuple(max(n // 2 for n in k.shape[-2:]) * m // s for m, s in zip((canvas.height, canvas.width), shape, strict=True))
+            border = tuple(
+                max(n // 2 for n in k.shape[-2:]) * m // s
+                for m, s in zip((canvas.height, canvas.width), shape, strict=True)
+            )
             measured, seen = (F.interpolate(canvas.inside(b, y)[None, None], size=shape) for b in ((0, 0), border))
         Y, sparsity = torch.fft.rfft2(y), self.sparsity
         for _ in range(self.num_iters):
@@ -79,7 +82,7 @@ class CoarseToFine:
         return k
 
     def _sparse_gradients(self, Y: Tensor, K: Tensor, sparsity: float, shape: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Spectra of `x = argmin ||k * x - y||^2 + sparsity ||grad x||_0` and of its few gradients, by splitting (Xu et al.)."""
+        """Spectra of `x = argmin ||k * x - y||^2 + sparsity ||grad x||_0` and its few gradients, by splitting (Xu et al.)."""
         Dy, Dx = difference_spectra(shape, Y)
         K2, D2 = K.real**2 + K.imag**2, Dy.real**2 + Dy.imag**2 + Dx.real**2 + Dx.imag**2
         X, data, coupling = Y, K.conj() * Y, 2 * sparsity
@@ -104,8 +107,10 @@ class CoarseToFine:
         return torch.where(good, fitted, k)
 
 
-def fit_on_simplex(cross: Tensor, energy: Tensor, k: Tensor, shape: tuple[int, int], ridge: float, num_iters: int) -> Tensor:
-    """`argmin ||x * k - y||^2 + ridge R(0) ||k||^2` over kernels >= 0 of sum 1, from the spectra of its normal equations.
+def fit_on_simplex(
+    cross: Tensor, energy: Tensor, k: Tensor, shape: tuple[int, int], ridge: float, num_iters: int
+) -> Tensor:
+    """`argmin ||x * k - y||^2 + ridge R(0) ||k||^2` over kernels >= 0 of sum 1, from spectra of its normal equations.
 
     cross, energy `(B, 1, H, W')`: sums of `conj(X) Y` and `|X|^2`, in whatever filter whitens them; R is the
     autocorrelation, the inverse transform of `energy`. k `(B, 1, h, w)` starts the iteration. Without energy the

@@ -86,8 +86,8 @@ def mstep(
     sums = ops.spectral_sums(X, Y, per_channel=compat == "released")
     return mstep_from_sums(
         *sums, k, size=y.shape[-2:], count=x0_hat.shape[1] * (1 if compat == "released" else y.shape[1]),
-        particles=x0_hat.shape[1], sigma=sigma, prior=prior, beta=beta, num_iters=num_iters, compat=compat, solver=solver,
-        r2=r2,
+        particles=x0_hat.shape[1], sigma=sigma, prior=prior, beta=beta, num_iters=num_iters, compat=compat,
+        solver=solver, r2=r2,
     )  # fmt: skip
 
 
@@ -110,7 +110,9 @@ def mstep_from_sums(
     raise ValueError(f"solver must be 'hqs' or 'admm', got {solver!r}")
 
 
-def support_filters(Sxy: Tensor, Sxx: Tensor, weight: Tensor, size: tuple[int, int], ksize: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def support_filters(
+    Sxy: Tensor, Sxx: Tensor, weight: Tensor, size: tuple[int, int], ksize: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """a `(B, 1, h, w)` and g `(B, 1, 2h-1, 2w-1)` with `z = a + g (*) k`; several channels are averaged."""
     h, w = ksize
     inverse = 1 / (Sxx + weight)
@@ -122,7 +124,11 @@ def support_filters(Sxy: Tensor, Sxx: Tensor, weight: Tensor, size: tuple[int, i
 
 def hqs(a: Tensor, g: Tensor, k: Tensor, prior: KernelPrior, beta: float, num_iters: int) -> Tensor:
     """Alternates Eq. (24) and Eq. (25) on the support."""
-    chain = prior.denoiser.as_chain() if isinstance(prior, PnP) and prior.lam and hasattr(prior.denoiser, "as_chain") else None
+    chain = (
+        prior.denoiser.as_chain()
+        if isinstance(prior, PnP) and prior.lam and hasattr(prior.denoiser, "as_chain")
+        else None
+    )
     if chain is not None:
         noise_std = torch.full((k.shape[0],), math.sqrt(prior.lam / beta), dtype=k.dtype, device=k.device)
         return ops.hqs_chain(a, g, k, noise_std, *chain, num_iters)
@@ -145,7 +151,8 @@ def admm(a: Tensor, g: Tensor, k: Tensor, prior: KernelPrior, beta: float, num_i
 def _check(y: Tensor, x0_hat: Tensor, k: Tensor) -> None:
     if y.dim() != 4 or x0_hat.dim() != 5 or x0_hat.shape[0] != y.shape[0] or x0_hat.shape[2:] != y.shape[1:]:
         raise ValueError(
-            f"y must be (B, C, H, W) and x0_hat (B, n, C, H, W) of the same images, got {tuple(y.shape)} and {tuple(x0_hat.shape)}"
+            "y must be (B, C, H, W) and x0_hat (B, n, C, H, W) of the same images, "
+            f"got {tuple(y.shape)} and {tuple(x0_hat.shape)}"
         )
     if k.dim() != 4 or k.shape[:2] != (y.shape[0], 1):
         raise ValueError(f"k must be (B, 1, h, w) with B = {y.shape[0]}, one kernel per image, got {tuple(k.shape)}")

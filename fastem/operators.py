@@ -13,7 +13,7 @@ from fastem import ops
 
 @dataclass(frozen=True)
 class Canvas:
-    """A periodic frame around an image: the image sits at the top left, the margin below and right joins its borders."""
+    """A periodic frame: the image sits at the top left, the margin below and to the right joins its borders."""
 
     height: int
     width: int
@@ -30,7 +30,7 @@ class Canvas:
         return cls(*(fast_size(n + m, multiple) for n, m in zip(image, margin, strict=True)), image)
 
     def extend(self, y: Tensor) -> Tensor:
-        """`(..., H, W)` -> `(..., height, width)`: continues the image smoothly from its bottom to its top, right to left."""
+        """`(..., H, W)` -> `(..., height, width)`: leads smoothly from the bottom on to the top, and from right to left."""
         y = _join_ends(y, self.height - self.image[0], dim=-2)
         return _join_ends(y, self.width - self.image[1], dim=-1)
 
@@ -88,7 +88,7 @@ class Observation:
 
 
 def blur(x: Tensor, k: Tensor) -> Tensor:
-    """Circular true convolution: x `(B, C, H, W)` or `(B, n, C, H, W)`, k `(B or 1, 1, h, w)`, origin `(h // 2, w // 2)`.
+    """Circular true convolution: x `(B, C, H, W)` or `(B, n, C, H, W)`, k `(B or 1, 1, h, w)`, origin at its centre.
 
     Raises:
         ValueError: if the kernel is larger than the image.

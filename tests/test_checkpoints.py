@@ -124,7 +124,12 @@ def test_unet_round_trips(tmp_path, unet):
     save_safetensors(tmp_path / "u.safetensors", unet.state_dict(), format="fastem-unet-1", config=config)
     save_file(unet.state_dict(), tmp_path / "foreign.safetensors", {"format": "pt", "config": "?", "r2": "?"})
     heads = dict(num_head_channels=16)
-    for source, options in [("unet.pt", heads), ("foreign.safetensors", heads), ("u.safetensors", {}), ("half.pt", heads)]:
+    for source, options in [
+        ("unet.pt", heads),
+        ("foreign.safetensors", heads),
+        ("u.safetensors", {}),
+        ("half.pt", heads),
+    ]:
         model = load_model(tmp_path / source, **options)
         assert isinstance(model, UNetEps) and model.channels == 3
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

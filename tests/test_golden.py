@@ -20,7 +20,7 @@ from fastem.guidance import DPS, PiGDM
 from fastem.models import load_kernel_denoiser, load_model
 from fastem.mstep import L1, L2, PnP, mstep
 from fastem.operators import Observation, blur
-from fastem.samplers import DDPM, evaluate, sample
+from fastem.samplers import evaluate, sample
 from fastem.schedules import Schedule
 
 DATA = Path(__file__).parent / "data"
@@ -112,7 +112,9 @@ def test_mstep_of_the_paper_differs():
     """Negative control: joint channels are not the released average, and n counts."""
     file, params = "mstep.npz", PARAMS["mstep.npz"]["cases"]["c17"]
     y, x, k = (get(file, f"c17/{name}", torch.float64) for name in ("y", "x", "kernel_init"))
-    out = mstep(y, x[None], k, sigma=params["sigma"], prior=kernel_prior(params, torch.float64), num_iters=params["n_iter"])
+    out = mstep(
+        y, x[None], k, sigma=params["sigma"], prior=kernel_prior(params, torch.float64), num_iters=params["n_iter"]
+    )
     assert error(out, arrays(file)["c17/kernel_out_f64"]) > 1e-3
 
 
@@ -175,11 +177,6 @@ def released(sampler: str):
     return blind, PiGDM("released") if sampler.endswith("pigdm") else DPS("released")
 
 
-def particles_apart(sampler: str, particles: int) -> bool:
-    """The released DPS samplers take one norm over all particles; they are only defined for one."""
-    return not (sampler.endswith("dps") and particles > 1)
-
-
 @pytest.mark.parametrize("case", cases(STEPS))
 def test_reverse_step(case):
     params = PARAMS[STEPS]["cases"][case]
@@ -201,7 +198,7 @@ def test_reverse_step(case):
             return iter([step])
 
     out = sample(
-        network(), observation, estimator, guidance, OneStep(), noise=Recorded(x_t[None], {index: noise[None]}), rule=DDPM(),
+        network(), observation, estimator, guidance, OneStep(), noise=Recorded(x_t[None], {index: noise[None]}),
         on_step=lambda step, x0_hat, k: seen.update(x0_hat=x0_hat, k=k),
     )  # fmt: skip
     assert error(2 * seen["x0_hat"][0] - 1, arrays(STEPS)[f"{case}/pred_xstart"]) <= 1e-3
@@ -243,7 +240,8 @@ def test_diffusion_em():
     prior = PnP(load_kernel_denoiser(state_dict(STEPS, "denoiser")), 1.0)
     diffusion_em(
         network(), observation, PiGDM("released"), schedule, prior=prior, kernel_size=(33, 33), noise=noise,
-        num_rounds=params["em_iterations"], compat="released", on_round=lambda i, drawn, k: rounds.append((drawn.images, k)),
+        num_rounds=params["em_iterations"], compat="released",
+        on_round=lambda i, drawn, k: rounds.append((drawn.images, k)),
     )  # fmt: skip
     for i, (images, k) in enumerate(rounds):
         assert error(images[0], arrays(RUNS)["diffem/images"][i]) <= 2e-2

@@ -98,7 +98,9 @@ def simplex_least_squares(g: Tensor, b: Tensor, k: Tensor, num_iters: int) -> Te
     return k
 
 
-def denoise_chain(k: Tensor, noise_std: Tensor, weights: list[Tensor], biases: list[Tensor | None], scale: float) -> Tensor:
+def denoise_chain(
+    k: Tensor, noise_std: Tensor, weights: list[Tensor], biases: list[Tensor | None], scale: float
+) -> Tensor:
     """A plain chain of same-size convolutions with ReLU between, on (kernel, constant noise-level plane).
 
     k `(B, 1, h, w)`, noise_std `(B,)`; weights `(out, in, 3, 3)`, 2 inputs first, 1 output last; both input planes
@@ -163,7 +165,9 @@ def spline_shift_matrix(shift: Tensor, size: int) -> Tensor:
     inside = (position >= 0) & (position <= size - 1)
     base = position.floor()
     frac = position - base
-    taps = torch.stack([(1 - frac) ** 3, 4 - 6 * frac**2 + 3 * frac**3, 1 + 3 * frac + 3 * frac**2 - 3 * frac**3, frac**3])
+    taps = torch.stack(
+        [(1 - frac) ** 3, 4 - 6 * frac**2 + 3 * frac**3, 1 + 3 * frac + 3 * frac**2 - 3 * frac**3, frac**3]
+    )
     out = torch.zeros(shift.shape[0], size, size, **kwargs)
     for j in range(4):
         index = _mirror((base + (j - 1)).nan_to_num(0.0).long(), size)
@@ -204,7 +208,9 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tens
     return (x0_hat + 1) / 2, (x0_raw == x0_hat).to(x_t.dtype)
 
 
-def step_update(x_t: Tensor, x0_hat: Tensor, noise: Tensor, guidance: Tensor | None, c0: float, ct: float, std: float, gain: float) -> Tensor:
+def step_update(
+    x_t: Tensor, x0_hat: Tensor, noise: Tensor, guidance: Tensor | None, c0: float, ct: float, std: float, gain: float
+) -> Tensor:
     """`x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance`, Eq. (15); any equal shapes."""
     out = c0 * (2 * x0_hat - 1) + ct * x_t
     if std:
@@ -261,7 +267,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
 
 
 def film_silu(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """`silu(x * (1 + scale) + shift)` per sample and channel: x `(N, C, H, W)`, scale and shift `(N, C)`, or neither."""
+    """`silu(x (1 + scale) + shift)` per sample and channel: x `(N, C, H, W)`, scale and shift `(N, C)`, or neither."""
     if scale is None or shift is None:
         return F.silu(x)
     return F.silu(x * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
