@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py DATA -o results.json [--sigma 5 10] [--boundary circular valid] [--known] [--limit N]
 
-DATA holds `sharp/` and `faces/` (256 x 256 PNG) and `kernels/*.npy`. Image i gets kernel i modulo their number, of those
-of up to 33 pixels. PSNR is shift-aligned and gain-compensated; the gain is over the blurred input, aligned likewise.
+DATA holds `sharp/` and `faces/` (256 x 256 PNG) and `kernels/*.npy`. Image i gets kernel i modulo their number, of
+those of up to 33 pixels. PSNR is shift-aligned and gain-compensated; the gain is over the blurred input, aligned too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def summary(rows: list[dict]) -> dict:
     return {
         "images": len(rows), "gain_mean": statistics.mean(gains), "gain_median": statistics.median(gains),
         "worse_by_0.3_dB": sum(g < -0.3 for g in gains), "correlation_median": statistics.median(correlations),
-        "correlation_mean": statistics.mean(correlations), "seconds_median": statistics.median(r["seconds"] for r in rows),
+        "correlation_mean": statistics.mean(correlations),
+        "seconds_median": statistics.median(r["seconds"] for r in rows),
     }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class CoarseToFine:
         return k
 
     def _sparse_gradients(self, Y: Tensor, K: Tensor, sparsity: float, shape: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Spectra of `x = argmin ||k * x - y||^2 + sparsity ||grad x||_0` and its few gradients, by splitting (Xu et al.)."""
+        """Spectra of `x = argmin ||k * x - y||^2 + sparsity ||grad x||_0` and its few gradients (Xu et al.)."""
         Dy, Dx = difference_spectra(shape, Y)
         K2, D2 = K.real**2 + K.imag**2, Dy.real**2 + Dy.imag**2 + Dx.real**2 + Dx.imag**2
         X, data, coupling = Y, K.conj() * Y, 2 * sparsity

@@ -30,7 +30,7 @@ class Canvas:
         return cls(*(fast_size(n + m, multiple) for n, m in zip(image, margin, strict=True)), image)
 
     def extend(self, y: Tensor) -> Tensor:
-        """`(..., H, W)` -> `(..., height, width)`: leads smoothly from the bottom on to the top, and from right to left."""
+        """`(..., H, W)` -> `(..., height, width)`: leads smoothly from bottom to top and right to left."""
         y = _join_ends(y, self.height - self.image[0], dim=-2)
         return _join_ends(y, self.width - self.image[1], dim=-1)
 
