@@ -1,9 +1,9 @@
 """One whole step of Fast EM on the native backend against plain torch: `python benchmarks/bench_step.py`.
 
-One process, the bundled prior, blurred random scenes. A step is the evaluation of the network, the E-step, the M-step
-of the kernel, guidance and noise: what `Deblurrer` repeats. The time of a step is the difference between two consecutive
-calls of `on_step`; only steps in which the kernel moves count. The restorations alternate, so that what else runs on
-the machine slows both; the ratio is that of the medians.
+One process, the bundled prior, a blurred random scene. A step is the evaluation of the network, the E-step, the M-step
+of the kernel, guidance and noise: what `Deblurrer` repeats. Its time is the difference between two calls of `on_step`;
+only steps in which the kernel moves count. The restorations alternate, so that what else runs on the machine slows
+both; the ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -63,12 +63,8 @@ def main() -> None:
         for threads in args.threads:
             torch.set_num_threads(threads)
             for n in args.particles:
-                engines = {
-                    backend: Deblurrer(
-                        guidance=guidance, steps=STEPS, particles=n, kernel_size=args.kernel, backend=backend, device="cpu"
-                    )
-                    for backend in ("reference", "native")
-                }
+                options = {"guidance": guidance, "steps": STEPS, "particles": n, "kernel_size": args.kernel}
+                engines = {name: Deblurrer(**options, backend=name, device="cpu") for name in ("reference", "native")}
                 times: dict[str, list[float]] = {backend: [] for backend in engines}
                 for round_ in range(args.rounds + 1):
                     for backend, engine in engines.items():
