@@ -279,8 +279,7 @@ class Deblurrer:
             elif self.compat == "released":
                 estimator = HQS(prior, ksize, compat=self.compat)
             else:
-                k_start = CoarseToFine()(denoise_observation(model, observation), ksize, canvas)
-                estimator = EdgeEM(k_start, inflation=INFLATION)
+                estimator = EdgeEM(self._first_kernel(y, observation, ksize), inflation=INFLATION)
             first = schedule.step(len(schedule) - 1)
             x_start = None
             if self.guidance is Guide.MEAN:  # the schedule starts where the low frequencies of y are right
@@ -291,6 +290,15 @@ class Deblurrer:
                 on_step=record,
             )  # fmt: skip
         return drawn, canvas, trace
+
+    def _first_kernel(self, y: Tensor, observation: Observation, ksize: tuple[int, int]) -> Tensor:
+        """Where the EM starts; of large images found on their busiest window."""
+        window = runtime.busiest_window(y)
+        if window.shape != y.shape:
+            canvas = Canvas.around((window.shape[-2], window.shape[-1]), ksize)
+            observation = Observation.of(canvas.extend(window), observation.sigma, canvas)
+        model = runtime.fit_to_size(self.model, observation.size, self.tile)
+        return CoarseToFine()(denoise_observation(model, observation), ksize, observation.canvas)
 
     def _guide(self, *, blind: bool) -> Guidance:
         mean = PosteriorMean(INFLATION if blind else 1.0)

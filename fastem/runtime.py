@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastem.models import EpsModel, TiledEps
 
 TILE_PIXELS = 2_000_000  # larger images are evaluated tile by tile, which bounds the activations
 LARGE_TILE, LARGE_OVERLAP = 768, 64  # tiles of networks that take any size
+WINDOW_PIXELS = 1_500_000  # of larger images a window of this size decides where the search for the kernel starts
+WINDOW_SIDE = 512  # pixels; it is no narrower, unless the image is
+WINDOW_STEP = 16  # pixels; grid on which windows are placed
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -43,3 +49,28 @@ def fit_to_size(model: EpsModel, size: tuple[int, int], tile: int | None = None)
     if size[0] * size[1] > TILE_PIXELS:
         return TiledEps(model, LARGE_TILE, LARGE_OVERLAP, batch=1)
     return model
+
+
+def busiest_window(y: Tensor, pixels: int = WINDOW_PIXELS) -> Tensor:
+    """Of each image `(B, C, H, W)` the window with the most edges, at most `pixels` large and about of its shape.
+
+    A kernel has far fewer unknowns than such a window has edges; the rest of a large photo is sky and blurred
+    background, and costs time and memory. Edges are gradients of the luminance averaged over 4 x 4 pixels, which leaves
+    blurred edges and takes most of the noise. Images of up to `pixels` pixels come back as they are.
+    """
+    height, width = y.shape[-2:]
+    if height * width <= pixels:
+        return y
+    short = min(height, width, max(int(min(height, width) * math.sqrt(pixels / (height * width))), WINDOW_SIDE))
+    rows, columns = (short, pixels // short) if height <= width else (pixels // short, short)
+    coarse = F.avg_pool2d(y.mean(dim=1, keepdim=True), 4)
+    edges = (coarse[..., 1:, 1:] - coarse[..., :-1, 1:]).abs() + (coarse[..., 1:, 1:] - coarse[..., 1:, :-1]).abs()
+    cells = F.avg_pool2d(edges, WINDOW_STEP // 4, ceil_mode=True)
+    size = tuple(min(max(n // WINDOW_STEP, 1), m) for n, m in zip((rows, columns), cells.shape[-2:], strict=True))
+    sums = F.avg_pool2d(cells, size, stride=1)
+    found = []
+    for image, best in zip(y, sums.flatten(1).argmax(dim=1).tolist(), strict=True):
+        top, left = (WINDOW_STEP * i for i in divmod(best, sums.shape[-1]))
+        top, left = min(top, height - rows), min(left, width - columns)
+        found.append(image[:, top : top + rows, left : left + columns])
+    return torch.stack(found)
