@@ -1,0 +1,334 @@
+"""Guidance and the sampling loop: gradients against autograd, samples against a posterior known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastem import ops
+from fastem.em import Known
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, pseudo_inverse
+from fastem.models import GaussianEps
+from fastem.operators import Canvas, Observation, blur
+from fastem.samplers import DDIM, DDPM, PhiloxNoise, Renoise, evaluate, sample
+from fastem.schedules import Schedule
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def kernels(batch, h, w, seed=1):
+    k = uniform(batch, 1, h, w, seed=seed) ** 3
+    return k / k.sum((-2, -1), keepdim=True)
+
+
+class SmallNet(nn.Module):
+    """Nonlinear, mixes pixels and channels, depends on t; double precision."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in (("down", (5, channels, 3, 3)), ("up", (channels, 5, 3, 3))):
+            self.register_buffer(name, 0.2 * torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+    def forward(self, x_t, t):
+        h = nn.functional.conv2d(x_t, self.down, padding=1).tanh() + t / 1000
+        return nn.functional.conv2d(h, self.up, padding=1)
+
+
+# ------------------------------------------------------------------------------------------------ guidance
+
+
+def whole_gradient(model, x_t, step, objective):
+    """The gradient with respect to x_t of an objective of x0_hat in [0, 1], by autograd of everything."""
+    x_t = x_t.clone().requires_grad_()
+    eps = model(x_t.flatten(0, 1), step.t).view_as(x_t)
+    x0_hat = (x_t - math.sqrt(1 - step.alpha_bar) * eps) / math.sqrt(step.alpha_bar)
+    objective((x0_hat.clamp(-1, 1) + 1) / 2).sum().backward()
+    return x_t.grad
+
+
+@pytest.mark.parametrize("canvas", [None, Canvas(8, 10, (6, 7))], ids=["circular", "canvas"])
+@pytest.mark.parametrize("guidance", [PiGDM(), DPS()], ids=["pigdm", "dps"])
+@pytest.mark.parametrize("index", [3, 20])
+def test_direction_through_the_network_is_the_gradient(guidance, index, canvas):
+    step, r2, sigma = Schedule.linear().respace(100).step(index), 0.3, torch.tensor([0.05, 0.2], dtype=torch.float64)
+    model, k, size = SmallNet(), kernels(2, 3, 4), (8, 10)
+    observation = Observation.of(uniform(2, 3, *size), sigma, canvas)
+    x_t = 2.4 * uniform(2, 2, 3, *size, seed=3) - 1.2  # some of x0_hat is clamped
+
+    eps, pull = evaluate(model, x_t, step, with_vjp=True)
+    x0_hat, mask = ops.predict_x0(x_t, eps, step.alpha_bar)
+    assert 0.2 < mask.mean() < 0.98
+    K = ops.psf_to_otf(k, size)
+    v = guidance.direction(torch.fft.rfft2(x0_hat), K, observation, step, lambda sigma_t: 4 * r2)
+    actual = 0.5 * pull(v * mask)
+
+    inside = 1 if canvas is None else canvas.inside((0, 0), observation.y)
+
+    def objective(x):
+        e = (observation.y[:, None] - blur(x, k)) * inside
+        if isinstance(guidance, DPS):
+            return -e.square().sum((2, 3, 4)).sqrt()  # per particle
+        E = torch.fft.fft2(e)  # -1/2 e^T (r^2 H H^T + sigma^2)^-1 e
+        power = torch.fft.fft2(blur_of_delta(k, size)).abs().square()[:, None]
+        return -0.5 * (E.abs().square() / (r2 * power + sigma.view(-1, 1, 1, 1, 1) ** 2)).sum((2, 3, 4)) / (8 * 10)
+
+    expected = whole_gradient(model, x_t, step, objective)
+    if canvas is not None and isinstance(guidance, PiGDM):  # the margin is masked before the inverse, not after H^T
+        expected = whole_gradient(model, x_t, step, lambda x: (x * v).sum((2, 3, 4)))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    unmasked = 0.5 * evaluate(model, x_t, step, with_vjp=True)[1](v)
+    assert (unmasked - expected).abs().max() > 1e-2 * expected.abs().max(), "the clamp made no difference"
+
+
+def blur_of_delta(k, size):
+    delta = torch.zeros(k.shape[0], 1, *size, dtype=k.dtype)
+    delta[..., 0, 0] = 1
+    return blur(delta, k)
+
+
+def test_pseudo_inverse_against_a_dense_matrix():
+    """Eq. (17) with H as a matrix; on a canvas the unmeasured residual is 0 before the inverse is applied."""
+    size, r2, sigma = (4, 5), 0.2, torch.tensor([0.1, 0.3], dtype=torch.float64)
+    k, x = kernels(2, 3, 2), uniform(2, 3, 1, *size, seed=4)
+    y = uniform(2, 1, *size, seed=5)
+    basis = torch.eye(20, dtype=torch.float64).view(20, 1, *size)
+    for canvas in (None, Canvas(4, 5, (3, 3))):
+        observation = Observation.of(y, sigma, canvas)
+        V = pseudo_inverse(torch.fft.rfft2(x), ops.psf_to_otf(k, size), observation, sigma, r2)
+        v = torch.fft.irfft2(V, s=size)
+        inside = torch.ones(4, 5) if canvas is None else canvas.inside((0, 0), y)
+        for b in range(2):
+            H = blur(basis, k[b : b + 1]).view(20, 20).T
+            for i in range(3):
+                e = inside.flatten() * (y[b].flatten() - H @ x[b, i].flatten())
+                expected = H.T @ torch.linalg.solve(r2 * H @ H.T + sigma[b] ** 2 * torch.eye(20, dtype=x.dtype), e)
+                torch.testing.assert_close(v[b, i].flatten(), expected, rtol=0, atol=1e-11)
+
+
+def test_posterior_mean_is_the_mean_of_a_product_of_gaussians():
+    size, step, sigma = (4, 5), Schedule.karras(9, 1.0).step(4), 0.1
+    guidance = PosteriorMean(inflation=2.0)
+    r2 = guidance.r2(step, default_r2)
+    assert r2 == default_r2(step.sigma_t) / 4  # [-1, 1] to [0, 1]
+    k, x, y = kernels(1, 3, 2), uniform(1, 1, 1, *size), uniform(1, 1, *size, seed=2)
+    M = guidance.mean(torch.fft.rfft2(x), ops.psf_to_otf(k, size), Observation.of(y, sigma), step, default_r2)
+    H = blur(torch.eye(20, dtype=x.dtype).view(20, 1, *size), k).view(20, 20).T
+    precision = torch.eye(20, dtype=x.dtype) / r2 + H.T @ H / (2 * sigma) ** 2  # sigma inflated
+    expected = torch.linalg.solve(precision, x.flatten() / r2 + H.T @ y.flatten() / (2 * sigma) ** 2)
+    torch.testing.assert_close(torch.fft.irfft2(M, s=size).flatten(), expected, rtol=0, atol=1e-12)
+
+
+def test_directions_of_dps_have_no_length_to_divide_by_at_a_perfect_fit():
+    size, k = (6, 6), kernels(1, 3, 3)
+    x = uniform(1, 1, 1, *size)
+    observation, K = Observation.of(blur(x[:, 0], k), 0.1), ops.psf_to_otf(k, size)
+    X = torch.fft.rfft2(x)
+    observation.__dict__["Y"] = K * X[:, 0]  # the residual is exactly 0
+    v = DPS().direction(X, K, observation, Schedule.linear().step(0), default_r2)
+    assert torch.equal(v, torch.zeros_like(v))
+
+
+def test_released_weights():
+    schedule = Schedule.linear().respace(100)
+    guidance, last = PiGDM("released"), schedule.step(0)
+    assert guidance.gain(last, default_r2) == 0  # no pull in the last step
+    step = schedule.step(50)
+    v = step.posterior_variance
+    assert guidance.r2(step, default_r2) == v / (1 + v)
+    assert guidance.gain(step, default_r2) == pytest.approx(0.5 * math.sqrt(step.alpha_bar) * v / (1 + v) ** 1.5)
+    assert PiGDM().gain(step, default_r2) == pytest.approx(0.5 * step.beta / math.sqrt(1 - step.beta))  # Eq. (15)
+
+
+# ---------------------------------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize("schedule", [Schedule.linear().respace(50), Schedule.karras(15, 1)], ids=["linear", "karras"])
+def test_rules_keep_the_noise_level(schedule):
+    """From the true x_0, x_t must come out with mean sqrt(abar') x_0 and variance 1 - abar'."""
+    for rule in (DDPM(), DDIM(0.0), DDIM(0.5), DDIM(1.0), Renoise(0.0), Renoise(0.3), Renoise(1.0)):
+        for step in schedule.reverse():
+            mean_x0, mean_xt, std = rule.coefficients(step)
+            mean, variance = mean_x0 + mean_xt * math.sqrt(step.alpha_bar), mean_xt**2 * (1 - step.alpha_bar) + std**2
+            assert mean == pytest.approx(math.sqrt(step.alpha_bar_prev), abs=1e-12)
+            assert variance == pytest.approx(1 - step.alpha_bar_prev, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [1, 10, 250, 1000])
+def test_ddim_with_all_the_noise_is_ddpm(num_steps):
+    for step in Schedule.linear().respace(num_steps).reverse():
+        assert DDIM(1.0).coefficients(step) == pytest.approx(DDPM().coefficients(step), rel=1e-9, abs=1e-9)
+    assert DDIM(0.0).coefficients(step)[2] == Renoise(0.0).coefficients(step)[2] == 0
+
+
+# ---------------------------------------------------------------------------------------------------- noise
+
+
+def test_noise_belongs_to_the_image():
+    seeds, shape = torch.tensor([3, 7, 2**40]), (3, 5, 6)
+    noise = PhiloxNoise(seeds, 4, shape)
+    turned = PhiloxNoise(seeds.flip(0), 4, shape)
+    alone = PhiloxNoise(seeds[1:2], 4, shape)
+    for a, b, c in ((noise.start(), turned.start(), alone.start()), (noise.step(5), turned.step(5), alone.step(5))):
+        assert a.shape == (3, 4, *shape)
+        assert torch.equal(a.flip(0), b) and torch.equal(a[1:2], c)
+    assert torch.equal(PhiloxNoise(seeds, 2, shape).step(5), noise.step(5)[:, :2])  # more particles, same first ones
+    different = [noise.start(), noise.step(0), noise.step(5), PhiloxNoise(seeds, 4, shape, run=1).start()]
+    different += [PhiloxNoise(seeds, 4, shape, run=1).step(5), noise.step(5).flip(1)]
+    for i, a in enumerate(different):
+        for b in different[:i]:
+            assert abs(float((a * b).mean())) < 0.1  # 1080 values
+    assert abs(float(noise.step(1).std()) - 1) < 0.1
+
+
+# ----------------------------------------------------------------------------------------- the Gaussian oracle
+
+SIZE, SIGMA, STD = (16, 16), 0.02, 0.2  # STD in [-1, 1]: 5 sigma to the clamp, STD / 2 in image units
+
+
+class Oracle:
+    """White Gaussian images, a known circular blur, and the posterior in closed form."""
+
+    def __init__(self, std=STD, particles=1, dtype=torch.float32):
+        self.model, self.particles, self.dtype = GaussianEps(torch.zeros(1, *SIZE), std**2), particles, dtype
+        self.k = kernels(1, 5, 4)
+        x = 0.5 + std / 2 * torch.randn(1, 1, *SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        y = blur(x, self.k)
+        y = y + SIGMA * torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+        K, variance = ops.psf_to_otf(self.k, SIZE), (std / 2) ** 2
+        gain = variance / (variance * K.abs() ** 2 + SIGMA**2)
+        self.mean = 0.5 + torch.fft.irfft2(gain * K.conj() * torch.fft.rfft2(y - 0.5), s=SIZE)  # H 0.5 = 0.5
+        K = torch.fft.fft2(blur_of_delta(self.k, SIZE))
+        self.std = float((variance * SIGMA**2 / (variance * K.abs() ** 2 + SIGMA**2)).mean().sqrt())
+        self.observation = Observation.of(y.to(dtype), SIGMA)
+
+    def draw(self, guidance, schedule, *, noise=None, rule=DDPM(), r2=None, num=None):  # noqa: B008
+        noise = noise or PhiloxNoise(torch.tensor([0]), self.particles, (1, *SIZE))
+        return sample(
+            self.model, self.observation, Known(self.k.to(self.dtype)), guidance, schedule, noise=noise, rule=rule,
+            r2=r2 or self.model.r2,
+        ).x  # fmt: skip
+
+    def bias(self, x):
+        """RMS error of the mean of the particles in posterior stds, less what their number explains; and their std."""
+        images = (x[0].double() + 1) / 2
+        error = (images.mean(0) - self.mean[0]).square().mean()
+        spread = images.var(0).mean()
+        return float((error - spread / len(images)).clamp(min=0).sqrt()) / self.std, float(spread.sqrt()) / self.std
+
+
+def test_pigdm_samples_the_posterior():
+    """Exact for a white prior with the right r_t^2, and far off with a wrong one: the test can fail."""
+    oracle = Oracle(particles=100)
+    schedule = Schedule.linear().respace(250)
+    bias, spread = oracle.bias(oracle.draw(PiGDM(), schedule))
+    assert bias < 0.1 and spread == pytest.approx(1, abs=0.1)  # the fixed-small variance is narrow
+    for factor in (0.2, 5.0):
+        wrong = oracle.draw(PiGDM(), schedule, r2=lambda sigma_t, f=factor: f * oracle.model.r2(sigma_t))
+        assert oracle.bias(wrong)[0] > 0.2, factor
+    ignored = oracle.draw(PiGDM(), schedule, r2=lambda sigma_t: 1e6)
+    assert oracle.bias(ignored)[0] > 0.8  # hardly any pull: the prior
+
+
+class Silent:
+    """No noise at all: for a linear model the particle is the mean of all particles."""
+
+    def __init__(self, dtype=torch.float64):
+        self.zeros = torch.zeros(1, 1, 1, *SIZE, dtype=dtype)
+
+    def start(self):
+        return self.zeros
+
+    def step(self, index):
+        return self.zeros
+
+
+class ExactMean(PosteriorMean):
+    """`PosteriorMean` told the true variance instead of that of a white prior of std 0.5."""
+
+    def r2(self, step, r2):
+        return r2(step.sigma_t) / 4
+
+
+def test_default_r2_is_that_of_a_white_prior():
+    model = GaussianEps(torch.zeros(1, 4, 4), 0.5**2)
+    for sigma_t in (1e-3, 0.1, 1.0, 50.0):
+        assert default_r2(sigma_t) == pytest.approx(model.r2(sigma_t), rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", [DDPM(), DDIM(0.0), Renoise(0.5)], ids=["ddpm", "ddim", "renoise"])
+@pytest.mark.parametrize("schedule", [Schedule.linear().respace(20), Schedule.karras(20, 50)], ids=["linear", "karras"])
+def test_mean_of_posterior_mean_guidance(rule, schedule):
+    """E[x_0 | x_t, y] is exact here, so every rule and any number of steps has the right mean."""
+    oracle = Oracle(dtype=torch.float64)
+    bias, _ = oracle.bias(oracle.draw(ExactMean(), schedule, noise=Silent(), rule=rule).repeat(1, 2, 1, 1, 1))
+    assert bias < 0.03
+    wrong = oracle.draw(ExactMean(), schedule, noise=Silent(), rule=rule, r2=lambda s: 5 * oracle.model.r2(s))
+    assert oracle.bias(wrong.repeat(1, 2, 1, 1, 1))[0] > 0.1
+
+
+def test_posterior_mean_guidance_samples_the_posterior():
+    oracle = Oracle(particles=100)
+    bias, spread = oracle.bias(oracle.draw(ExactMean(), Schedule.linear().respace(200)))
+    assert bias < 0.1 and spread == pytest.approx(1, abs=0.1)  # the fixed-small variance is narrow
+
+
+def test_default_guidance_is_exact_for_the_prior_it_assumes():
+    oracle = Oracle(std=0.5, dtype=torch.float64)
+    x = oracle.draw(PosteriorMean(), Schedule.karras(20, 50.0), noise=Silent())
+    bias, _ = oracle.bias(x.repeat(1, 2, 1, 1, 1))
+    assert bias < 0.1  # the clamp of x0_hat at 2 std is all that is left
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+
+def test_the_loop_reports_each_step():
+    oracle, seen = Oracle(particles=2), []
+    result = sample(
+        oracle.model, oracle.observation, Known(oracle.k.float()), PosteriorMean(), Schedule.karras(4, 1.0),
+        noise=PhiloxNoise(torch.tensor([0]), 2, (1, *SIZE)), on_step=lambda *args: seen.append(args),
+    )  # fmt: skip
+    assert [step.index for step, _, _ in seen] == [3, 2, 1, 0]
+    for _, x0_hat, k in seen:
+        assert x0_hat.shape == (1, 2, 1, *SIZE) and 0 <= x0_hat.min() and x0_hat.max() <= 1
+        assert torch.equal(k, oracle.k.float())
+    assert result.x.shape == (1, 2, 1, *SIZE) and torch.equal(result.kernel, oracle.k.float())
+    assert torch.equal(result.images, ((result.x + 1) / 2).clamp(0, 1))
+
+
+def test_x_start_replaces_the_first_noise_only():
+    oracle = Oracle(particles=1)
+    noise = PhiloxNoise(torch.tensor([0]), 1, (1, *SIZE))
+    args = (oracle.model, oracle.observation, Known(oracle.k.float()), PosteriorMean(), Schedule.karras(4, 1.0))
+    plain = sample(*args, noise=noise).x
+    assert torch.equal(sample(*args, noise=noise, x_start=noise.start()).x, plain)
+    assert not torch.equal(sample(*args, noise=noise, x_start=torch.zeros_like(plain)).x, plain)
+
+
+@pytest.mark.parametrize("guidance", [PiGDM(), PiGDM("released"), DPS(), DPS("released"), PosteriorMean()], ids=repr)
+def test_the_network_is_all_that_autograd_records(guidance):
+    """Nothing of a run keeps a graph, and a model without parameters needs none."""
+    result = sample(
+        SmallNet(), Observation.of(uniform(1, 3, 8, 8), 0.1), Known(kernels(1, 3, 3)), guidance,
+        Schedule.linear().respace(5), noise=DoubleNoise((3, 8, 8)),
+    )  # fmt: skip
+    assert torch.isfinite(result.x).all() and not result.x.requires_grad and not result.kernel.requires_grad
+
+
+class DoubleNoise(PhiloxNoise):
+    """Philox noise in double precision."""
+
+    def __init__(self, shape):
+        super().__init__(torch.tensor([5]), 2, shape)
+
+    def start(self):
+        return super().start().double()
+
+    def step(self, index):
+        return super().step(index).double()
