@@ -188,24 +188,24 @@ def test_noise_belongs_to_the_image():
 
 # ----------------------------------------------------------------------------------------- the Gaussian oracle
 
-SIZE, SIGMA, STD = (16, 16), 0.02, 0.2  # STD in [-1, 1]: 5 sigma to the clamp, STD / 2 in image units
+SIZE, STD = (16, 16), 0.2  # STD in [-1, 1]: 5 stds to the clamp; STD / 2 in image units
 
 
 class Oracle:
     """White Gaussian images, a known circular blur, and the posterior in closed form."""
 
-    def __init__(self, std=STD, particles=1, dtype=torch.float32):
+    def __init__(self, sigma, std=STD, particles=1, dtype=torch.float32):
         self.model, self.particles, self.dtype = GaussianEps(torch.zeros(1, *SIZE), std**2), particles, dtype
         self.k = kernels(1, 5, 4)
         x = 0.5 + std / 2 * torch.randn(1, 1, *SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         y = blur(x, self.k)
-        y = y + SIGMA * torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+        y = y + sigma * torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
         K, variance = ops.psf_to_otf(self.k, SIZE), (std / 2) ** 2
-        gain = variance / (variance * K.abs() ** 2 + SIGMA**2)
+        gain = variance / (variance * K.abs() ** 2 + sigma**2)
         self.mean = 0.5 + torch.fft.irfft2(gain * K.conj() * torch.fft.rfft2(y - 0.5), s=SIZE)  # H 0.5 = 0.5
         K = torch.fft.fft2(blur_of_delta(self.k, SIZE))
-        self.std = float((variance * SIGMA**2 / (variance * K.abs() ** 2 + SIGMA**2)).mean().sqrt())
-        self.observation = Observation.of(y.to(dtype), SIGMA)
+        self.std = float((variance * sigma**2 / (variance * K.abs() ** 2 + sigma**2)).mean().sqrt())
+        self.observation = Observation.of(y.to(dtype), sigma)
 
     def draw(self, guidance, schedule, *, noise=None, rule=DDPM(), r2=None, num=None):  # noqa: B008
         noise = noise or PhiloxNoise(torch.tensor([0]), self.particles, (1, *SIZE))
@@ -224,7 +224,7 @@ class Oracle:
 
 def test_pigdm_samples_the_posterior():
     """Exact for a white prior with the right r_t^2, and far off with a wrong one: the test can fail."""
-    oracle = Oracle(particles=100)
+    oracle = Oracle(0.02, particles=100)
     schedule = Schedule.linear().respace(250)
     bias, spread = oracle.bias(oracle.draw(PiGDM(), schedule))
     assert bias < 0.1 and spread == pytest.approx(1, abs=0.1)  # the fixed-small variance is narrow
@@ -265,7 +265,7 @@ def test_default_r2_is_that_of_a_white_prior():
 @pytest.mark.parametrize("schedule", [Schedule.linear().respace(20), Schedule.karras(20, 50)], ids=["linear", "karras"])
 def test_mean_of_posterior_mean_guidance(rule, schedule):
     """E[x_0 | x_t, y] is exact here, so every rule and any number of steps has the right mean."""
-    oracle = Oracle(dtype=torch.float64)
+    oracle = Oracle(0.1, dtype=torch.float64)
     bias, _ = oracle.bias(oracle.draw(ExactMean(), schedule, noise=Silent(), rule=rule).repeat(1, 2, 1, 1, 1))
     assert bias < 0.03
     wrong = oracle.draw(ExactMean(), schedule, noise=Silent(), rule=rule, r2=lambda s: 5 * oracle.model.r2(s))
@@ -273,13 +273,13 @@ def test_mean_of_posterior_mean_guidance(rule, schedule):
 
 
 def test_posterior_mean_guidance_samples_the_posterior():
-    oracle = Oracle(particles=100)
+    oracle = Oracle(0.1, particles=100)
     bias, spread = oracle.bias(oracle.draw(ExactMean(), Schedule.linear().respace(200)))
     assert bias < 0.1 and spread == pytest.approx(1, abs=0.1)  # the fixed-small variance is narrow
 
 
 def test_default_guidance_is_exact_for_the_prior_it_assumes():
-    oracle = Oracle(std=0.5, dtype=torch.float64)
+    oracle = Oracle(0.1, std=0.5, dtype=torch.float64)
     x = oracle.draw(PosteriorMean(), Schedule.karras(20, 50.0), noise=Silent())
     bias, _ = oracle.bias(x.repeat(1, 2, 1, 1, 1))
     assert bias < 0.1  # the clamp of x0_hat at 2 std is all that is left
@@ -289,7 +289,7 @@ def test_default_guidance_is_exact_for_the_prior_it_assumes():
 
 
 def test_the_loop_reports_each_step():
-    oracle, seen = Oracle(particles=2), []
+    oracle, seen = Oracle(0.1, particles=2), []
     result = sample(
         oracle.model, oracle.observation, Known(oracle.k.float()), PosteriorMean(), Schedule.karras(4, 1.0),
         noise=PhiloxNoise(torch.tensor([0]), 2, (1, *SIZE)), on_step=lambda *args: seen.append(args),
@@ -303,7 +303,7 @@ def test_the_loop_reports_each_step():
 
 
 def test_x_start_replaces_the_first_noise_only():
-    oracle = Oracle(particles=1)
+    oracle = Oracle(0.1, particles=1)
     noise = PhiloxNoise(torch.tensor([0]), 1, (1, *SIZE))
     args = (oracle.model, oracle.observation, Known(oracle.k.float()), PosteriorMean(), Schedule.karras(4, 1.0))
     plain = sample(*args, noise=noise).x
