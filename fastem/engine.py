@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastem import io, noise, runtime
 from fastem.em import HQS, EdgeEM, Known, denoise_observation, diffusion_em
-from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean
+from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, default_r2, noise_r2
 from fastem.initial import CoarseToFine
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
@@ -265,7 +265,7 @@ class Deblurrer:
             return PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), run)
 
         prior = PnP(self.kernel_denoiser, self.lam)
-        r2 = self.model.r2
+        r2 = noise_r2 if self.guidance is Guide.PIGDM else default_r2
         total = len(schedule)
         with use_backend(self.backend):
             if self.method is Method.DIFFUSION_EM and kernel is None:
