@@ -1,0 +1,194 @@
+"""The kernel estimators, each asked by hand for one step, and the outer loop of Diffusion EM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastem import ops
+from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, gradient_sums
+from fastem.guidance import PosteriorMean
+from fastem.initial import difference_spectra
+from fastem.metrics import kernel_correlation
+from fastem.models import GaussianEps
+from fastem.mstep import L2, mstep
+from fastem.operators import Canvas, Observation, blur
+from fastem.samplers import PhiloxNoise, sample
+from fastem.schedules import Schedule
+from fastem.synth import motion_kernel
+
+EARLY, LATE = Schedule.karras(10, 1.0).step(9), Schedule.karras(10, 1.0).step(0)
+
+
+def picture(batch, height=32, width=32, seed=0):
+    """`(B, 3, H, W)`: blocks of 4 x 4 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 3, -(-height // 4), -(-width // 4), generator=generator)
+    return coarse.repeat_interleave(4, -2).repeat_interleave(4, -1)[..., :height, :width].contiguous()
+
+
+def kernels(batch, size=7):
+    return torch.stack([torch.from_numpy(motion_kernel(size, seed)) for seed in range(1, batch + 1)])[:, None]
+
+
+def spectrum(x):
+    """Particles of one image each: `(B, 1, C, H, W')`."""
+    return torch.fft.rfft2(x)[:, None]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 5), (7, 2)], ids=str)
+def test_delta_kernel(size):
+    x = picture(2)
+    torch.testing.assert_close(blur(x, delta_kernel(2, size)), x, rtol=0, atol=1e-6)
+
+
+def test_a_known_kernel_stays():
+    k, observation = kernels(1), Observation.of(picture(3), 0.01)
+    estimator = Known(k)
+    state = estimator.start(observation)
+    assert torch.equal(state.k, k.expand(3, 1, 7, 7))
+    assert estimator.update(state, spectrum(observation.y), observation, LATE, 0.1) is state
+
+
+def test_hqs_starts_without_blur_and_is_the_mstep():
+    x, k = picture(2), kernels(2)
+    observation = Observation.of(blur(x, k), 0.01)
+    estimator = HQS(L2(0.0), (7, 7), beta=1e4, num_iters=3)
+    state = estimator.start(observation)
+    assert torch.equal(state.k, delta_kernel(2, (7, 7)))
+    for _ in range(2):  # warm: the second starts at the first
+        one = mstep(observation.y, x[:, None], state.k, sigma=0.01, prior=L2(0.0), beta=1e4, num_iters=3)
+        state = estimator.update(state, spectrum(x), observation, EARLY, 0.1)
+        torch.testing.assert_close(state.k, ops.recentre(one), rtol=0, atol=1e-6)
+
+
+def test_hqs_takes_the_uncertainty_of_the_image_on_request():
+    x, k = picture(1), kernels(1)
+    observation = Observation.of(blur(x, k), 0.01)
+    for compat in ("paper", "released"):
+        plain = HQS(L2(0.0), (7, 7), compat=compat)
+        ridge = HQS(L2(0.0), (7, 7), compat=compat, r2_ridge=True)
+        start = plain.start(observation)
+        update = [e.update(start, spectrum(x), observation, EARLY, 0.02).k for e in (plain, ridge)]
+        expected = mstep(observation.y, x[:, None], start.k, sigma=0.01, prior=L2(0.0), compat=compat, r2=0.02)
+        torch.testing.assert_close(update[1], ops.recentre(expected), rtol=0, atol=1e-6)
+        assert (update[0] - update[1]).abs().max() > 1e-4
+
+
+def test_a_map_without_mass_keeps_the_kernel_of_that_image_only():
+    x, k = picture(2), kernels(2)
+    observation = Observation.of(blur(x, k), 0.01)
+
+    def nothing_left(z, beta):
+        return torch.cat([torch.zeros_like(z[:1]), z[1:]])
+
+    estimator = HQS(nothing_left, (7, 7))
+    state = estimator.update(estimator.start(observation), spectrum(x), observation, EARLY, 0.1)
+    assert torch.equal(state.k[0], delta_kernel(1, (7, 7))[0])
+    assert kernel_correlation(state.k[1, 0], k[1, 0]) > 0.95
+
+
+def test_edge_em_rests_while_the_noise_is_high():
+    x, k = picture(2), kernels(2)
+    observation, estimator = Observation.of(blur(x, k), 0.01), EdgeEM(delta_kernel(2, (7, 7)))
+    start = estimator.start(observation)
+    assert EARLY.sigma_t > estimator.sigma_on > LATE.sigma_t
+    assert estimator.update(start, spectrum(x), observation, EARLY, 0.1) is start
+    assert not torch.equal(estimator.update(start, spectrum(x), observation, LATE, 1e-4).k, start.k)
+
+
+@pytest.mark.parametrize("canvas", [None, Canvas(48, 48, (37, 35))], ids=["circular", "canvas"])
+def test_edge_em_finds_the_kernel_of_a_sharp_image(canvas):
+    x, k = picture(2, 48, 48), kernels(2)
+    y = blur(x, k)
+    if canvas is not None:
+        y = canvas.extend(canvas.crop(y))
+    observation = Observation.of(y, 0.01, canvas)
+    estimator = EdgeEM(delta_kernel(2, (7, 7)), num_iters=100, ridge=0.01)
+    state = estimator.update(estimator.start(observation), spectrum(x), observation, LATE, 1e-6)
+    assert state.k.min() >= 0
+    torch.testing.assert_close(state.k.sum((-2, -1)), torch.ones(2, 1), rtol=0, atol=1e-5)
+    for i in range(2):
+        assert kernel_correlation(state.k[i, 0], k[i, 0]) > 0.9
+
+
+def test_gradients_outside_the_photo_teach_nothing():
+    canvas, D = Canvas(32, 32, (24, 20)), difference_spectra((32, 32), spectrum(picture(1)))
+    x = picture(1)
+    elsewhere = x.clone()
+    outside = canvas.inside((3, 4), x) == 0
+    outside &= outside.roll(-1, 0) & outside.roll(-1, 1)  # forward differences look one pixel ahead
+    outside &= outside.roll(1, 0) & outside.roll(1, 1)
+    elsewhere[..., outside] = 7.0
+    observation = Observation.of(canvas.extend(canvas.crop(x)), 0.01, canvas)
+    a, b = (gradient_sums(spectrum(t), observation, D, (3, 4)) for t in (x, elsewhere))
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
+    circular = Observation.of(observation.y, 0.01)
+    whole = [gradient_sums(spectrum(t), circular, D, (3, 4))[1] for t in (x, elsewhere)]
+    assert (whole[0] - whole[1]).abs().max() > whole[0].abs().max()
+
+
+def test_nothing_finite_keeps_the_kernel(native_backend):
+    x, k = picture(2), kernels(2)
+    observation, estimator = Observation.of(blur(x, k), 0.01), EdgeEM(k)
+    X = spectrum(x)
+    X[0] = torch.nan
+    state = estimator.update(estimator.start(observation), X, observation, LATE, 1e-4)
+    assert torch.equal(state.k[0], k[0]) and torch.isfinite(state.k).all() and not torch.equal(state.k[1], k[1])
+
+
+@pytest.mark.parametrize("estimator", [EdgeEM(kernels(2)), HQS(L2(0.0), (7, 7))], ids=["edge", "hqs"])
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_an_image_does_not_see_its_company(name, estimator, request):
+    if name == "native":
+        request.getfixturevalue("native_backend")
+    mine, k = picture(1), kernels(1)
+
+    def run(other, sigma):
+        x = torch.cat([mine, other])
+        observation = Observation.of(blur(x, k), torch.tensor([0.02, sigma]))
+        return estimator.update(estimator.start(observation), spectrum(x), observation, LATE, 1e-3).k[0]
+
+    with ops.use_backend(name):
+        results = [run(picture(1, seed=s), sigma) for s in (1, 2) for sigma in (0.02, 0.3)] + [run(1e3 * mine, 0.02)]
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def test_denoising_at_the_level_of_each_image():
+    """The oracle's estimate is the Wiener filter, which can be written down."""
+    std, sigma = 0.3, torch.tensor([0.02, 0.1])
+    model = GaussianEps(torch.zeros(3, 32, 32), std**2)
+    y = 0.5 + 0.2 * (picture(2) - 0.5)
+    shrunk = std**2 / (std**2 + (2 * sigma) ** 2)  # sigma counts double in [-1, 1]
+    expected = 0.5 + shrunk.view(2, 1, 1, 1) * (y - 0.5)
+    torch.testing.assert_close(denoise_observation(model, Observation.of(y, sigma)), expected, rtol=0, atol=1e-5)
+    assert (denoise_observation(model, Observation.of(100 * y, sigma)) <= 1).all()
+
+
+@pytest.mark.parametrize("compat, runs", [("paper", 4), ("released", 3)])
+def test_diffusion_em(compat, runs):
+    """Three rounds; the paper's reading draws once more, so that images and kernel belong together."""
+    x, k = 0.5 + 0.2 * (picture(2) - 0.5), kernels(2)
+    observation, model = Observation.of(blur(x, k), 0.02), GaussianEps(torch.zeros(3, 32, 32), 0.1**2)
+    asked, rounds = [], []
+
+    def noise(run):
+        asked.append(run)
+        return PhiloxNoise(torch.tensor([1, 2]), 2, (3, 32, 32), run)
+
+    schedule, guidance, prior = Schedule.karras(4, 1.0), PosteriorMean(), L2(0.0)
+    result = diffusion_em(
+        model, observation, guidance, schedule, prior=prior, kernel_size=(7, 7), noise=noise, num_rounds=3, num_iters=2,
+        compat=compat, on_round=lambda *args: rounds.append(args),
+    )  # fmt: skip
+    assert asked == list(range(runs)) and [r for r, _, _ in rounds] == [0, 1, 2]
+    assert torch.equal(rounds[-1][2], result.kernel) and not torch.equal(rounds[0][2], rounds[1][2])
+    first = sample(model, observation, Known(delta_kernel(2, (7, 7))), guidance, schedule, noise=noise(0)).x
+    assert torch.equal(rounds[0][1].x, first)
+    options = dict(sigma=0.02, prior=prior, num_iters=2, compat=compat)
+    assert torch.equal(rounds[0][2], mstep(observation.y, rounds[0][1].images, delta_kernel(2, (7, 7)), **options))
+    last = rounds[-1][1].x
+    if compat == "paper":
+        last = sample(model, observation, Known(result.kernel), guidance, schedule, noise=noise(3)).x
+    assert torch.equal(result.x, last)
