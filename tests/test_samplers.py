@@ -10,7 +10,7 @@ from torch import nn
 
 from fastem import ops
 from fastem.em import Known
-from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, pseudo_inverse
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2, pseudo_inverse
 from fastem.models import GaussianEps
 from fastem.operators import Canvas, Observation, blur
 from fastem.samplers import DDIM, DDPM, PhiloxNoise, Renoise, evaluate, sample
@@ -248,17 +248,12 @@ class Silent:
         return self.zeros
 
 
-class ExactMean(PosteriorMean):
-    """`PosteriorMean` told the true variance instead of that of a white prior of std 0.5."""
-
-    def r2(self, step, r2):
-        return r2(step.sigma_t) / 4
-
-
-def test_default_r2_is_that_of_a_white_prior():
+def test_variances_of_white_priors():
     model = GaussianEps(torch.zeros(1, 4, 4), 0.5**2)
     for sigma_t in (1e-3, 0.1, 1.0, 50.0):
         assert default_r2(sigma_t) == pytest.approx(model.r2(sigma_t), rel=1e-12)
+        flat = GaussianEps(torch.zeros(1, 4, 4), 1e9)  # a prior that knows nothing
+        assert noise_r2(sigma_t) == pytest.approx(flat.r2(sigma_t), rel=1e-5)
 
 
 @pytest.mark.parametrize("rule", [DDPM(), DDIM(0.0), Renoise(0.5)], ids=["ddpm", "ddim", "renoise"])
@@ -266,21 +261,21 @@ def test_default_r2_is_that_of_a_white_prior():
 def test_mean_of_posterior_mean_guidance(rule, schedule):
     """E[x_0 | x_t, y] is exact here, so every rule and any number of steps has the right mean."""
     oracle = Oracle(0.1, dtype=torch.float64)
-    bias, _ = oracle.bias(oracle.draw(ExactMean(), schedule, noise=Silent(), rule=rule).repeat(1, 2, 1, 1, 1))
+    bias, _ = oracle.bias(oracle.draw(PosteriorMean(), schedule, noise=Silent(), rule=rule).repeat(1, 2, 1, 1, 1))
     assert bias < 0.03
-    wrong = oracle.draw(ExactMean(), schedule, noise=Silent(), rule=rule, r2=lambda s: 5 * oracle.model.r2(s))
+    wrong = oracle.draw(PosteriorMean(), schedule, noise=Silent(), rule=rule, r2=lambda s: 5 * oracle.model.r2(s))
     assert oracle.bias(wrong.repeat(1, 2, 1, 1, 1))[0] > 0.1
 
 
 def test_posterior_mean_guidance_samples_the_posterior():
     oracle = Oracle(0.1, particles=100)
-    bias, spread = oracle.bias(oracle.draw(ExactMean(), Schedule.linear().respace(200)))
+    bias, spread = oracle.bias(oracle.draw(PosteriorMean(), Schedule.linear().respace(200)))
     assert bias < 0.1 and spread == pytest.approx(1, abs=0.1)  # the fixed-small variance is narrow
 
 
-def test_default_guidance_is_exact_for_the_prior_it_assumes():
+def test_default_r2_is_exact_for_the_prior_it_assumes():
     oracle = Oracle(0.1, std=0.5, dtype=torch.float64)
-    x = oracle.draw(PosteriorMean(), Schedule.karras(20, 50.0), noise=Silent())
+    x = oracle.draw(PosteriorMean(), Schedule.karras(20, 50.0), noise=Silent(), r2=default_r2)
     bias, _ = oracle.bias(x.repeat(1, 2, 1, 1, 1))
     assert bias < 0.1  # the clamp of x0_hat at 2 std is all that is left
 

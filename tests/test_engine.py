@@ -1,0 +1,373 @@
+"""The engine: any input in its own type, any size, reproducible, images apart, and errors that say what to do."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastem import ops
+from fastem.engine import SIGMA_FLOOR, Deblurrer, NumericError, looks_periodic
+from fastem.metrics import kernel_correlation, psnr, psnr_aligned
+from fastem.models import EpsModel, GaussianEps, load_model
+from fastem.synth import degrade, motion_kernel
+
+NO_EDGES = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="reference.project_simplex does not pass nan on")
+
+
+@cache
+def natural() -> EpsModel:
+    return load_model("natural")
+
+
+@cache
+def quick(**options) -> Deblurrer:
+    """An engine of few steps; engines of the same options are shared."""
+    return Deblurrer(natural(), **{"kernel_size": 7, "steps": 2, "device": "cpu"} | options)
+
+
+def edges(height, width, seed=0, channels=3):
+    """`(H, W, C)` float32: random rectangles."""
+    rng = np.random.default_rng(seed)
+    x = np.full((height, width, channels), 0.5, np.float32)
+    for _ in range(25):
+        top, left = rng.integers(0, height - 4), rng.integers(0, width - 4)
+        down, across = rng.integers(4, max(height // 2, 5)), rng.integers(4, max(width // 2, 5))
+        x[top : top + down, left : left + across] = rng.uniform(0.05, 0.95, channels)
+    return x
+
+
+def blurred(height, width, seed=0, size=7, sigma=0.01):
+    x, k = edges(height, width, seed), motion_kernel(size, seed)
+    return x, k, degrade(x, k, sigma, seed).clip(0, 1)
+
+
+def assert_sane(r, particles=1, kernel_size=(7, 7)):
+    assert r.kernel.shape == kernel_size and r.kernel.dtype == np.float32
+    assert (r.kernel >= 0).all() and r.kernel.sum() == pytest.approx(1, abs=1e-4)
+    assert r.samples.shape[0] == particles and np.isfinite(r.samples).all()
+    assert 0 <= r.samples.min() and r.samples.max() <= 1 and math.isfinite(r.reblur)
+
+
+# ------------------------------------------------------------------------------------------- in and out
+
+
+def as_type(y: np.ndarray, kind: str):
+    levels = {"uint8": 255, "uint16": 65535}
+    gray, of = y[..., 0], np.ascontiguousarray
+    return {
+        "uint8": lambda: np.round(y * 255).astype(np.uint8),
+        "uint16": lambda: np.round(y * levels["uint16"]).astype(np.uint16),
+        "float32": lambda: y,
+        "float64": lambda: y.astype(np.float64),
+        "gray (H, W)": lambda: of(gray),
+        "gray (H, W, 1)": lambda: of(gray[..., None]),
+        "uint8 gray": lambda: np.round(gray * 255).astype(np.uint8),
+        "tensor": lambda: torch.from_numpy(y).permute(2, 0, 1),
+        "tensor uint8": lambda: torch.from_numpy(np.round(y * 255).astype(np.uint8)).permute(2, 0, 1),
+        "tensor (1, H, W)": lambda: torch.from_numpy(of(gray))[None],
+        "tensor (H, W)": lambda: torch.from_numpy(of(gray)),
+        "PIL RGB": lambda: Image.fromarray(np.round(y * 255).astype(np.uint8)),
+        "PIL L": lambda: Image.fromarray(np.round(gray * 255).astype(np.uint8)),
+    }[kind]()
+
+
+def as_float(image) -> np.ndarray:
+    """`(H, W, C)` in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        image = (image if image.dim() == 2 else image.permute(1, 2, 0)).numpy()
+    image = np.asarray(image)
+    scale = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+    return np.atleast_3d(image).astype(np.float64) / scale
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["uint8", "uint16", "float32", "float64", "gray (H, W)", "gray (H, W, 1)", "uint8 gray", "tensor", "tensor uint8",
+     "tensor (1, H, W)", "tensor (H, W)", "PIL RGB", "PIL L"],
+)  # fmt: skip
+def test_what_goes_in_comes_out(kind):
+    _, k, y = blurred(24, 29)
+    image = as_type(y, kind)
+    r = quick()(image, sigma=0.01, kernel=k)
+    assert type(r.image) is type(image)
+    if isinstance(image, Image.Image):
+        assert r.image.mode == image.mode and r.image.size == image.size
+    else:
+        assert r.image.dtype == image.dtype and r.image.shape == image.shape
+    assert r.samples.shape == (1, 24, 29, 3)
+    expected = r.samples[0].mean(-1, keepdims=True) if as_float(image).shape[2] == 1 else r.samples[0]
+    np.testing.assert_allclose(as_float(r.image), expected, atol=0.5 / 255 + 1e-6)
+    assert not np.allclose(as_float(r.image), as_float(image), atol=2 / 255), "nothing was restored"
+
+
+def test_types_of_the_same_pixels_agree():
+    _, k, y = blurred(24, 29)
+    eight = as_type(y, "uint8")
+    results = [quick()(image, sigma=0.01, kernel=k).samples for image in (
+        eight, eight / np.float32(255), torch.from_numpy(eight).permute(2, 0, 1), Image.fromarray(eight),
+        (eight.astype(np.uint16) * 257),
+    )]  # fmt: skip
+    for samples in results[1:]:
+        np.testing.assert_allclose(samples, results[0], atol=1e-5)
+
+
+def test_a_file(tmp_path):
+    _, k, y = blurred(24, 29)
+    image = as_type(y, "uint8")
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    r = quick()(tmp_path / "photo.png", sigma=0.01, kernel=k)
+    assert np.array_equal(r.image, quick()(image, sigma=0.01, kernel=k).image)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 70), (9, 31), (31, 9), (13, 13), (37, 70), (64, 33)], ids=str)
+@pytest.mark.parametrize("kernel_size", [33, (4, 11)], ids=str)
+def test_any_size(size, kernel_size):
+    """Also smaller than the kernel."""
+    y = edges(*size, seed=1)
+    r = quick(kernel_size=kernel_size)(y, sigma=0.02)
+    assert r.image.shape == y.shape
+    assert_sane(r, kernel_size=(33, 33) if kernel_size == 33 else kernel_size)
+
+
+@pytest.mark.parametrize("boundary", ["auto", "photo", "circular"])
+def test_boundaries(boundary):
+    _, k, y = blurred(40, 33)
+    assert_sane(quick(boundary=boundary)(y, sigma=0.01))
+    assert_sane(quick(boundary=boundary)(y, sigma=0.01, kernel=k))
+
+
+def test_periodic_images_are_told_from_photos():
+    wave = torch.sin(torch.arange(32) * 2 * math.pi / 32)
+    assert looks_periodic((wave[:, None] + wave)[None, None])
+    assert not looks_periodic(torch.linspace(0, 1, 32).expand(1, 1, 32, 32))
+    assert not looks_periodic(torch.linspace(0, 1, 32)[:, None].expand(1, 1, 32, 32))
+
+
+# ------------------------------------------------------------------------------------------ what it does
+
+
+def test_blind_restoration():
+    """Loose: a bundled prior of any quality should manage rectangles under a small blur."""
+    x, k, y = blurred(80, 80, seed=1, size=9)
+    r = Deblurrer(natural(), kernel_size=9, device="cpu")(y, sigma=0.01)
+    assert_sane(r, kernel_size=(9, 9))
+    assert psnr_aligned(r.image, x) > psnr(y, x) + 0.5
+    delta = motion_kernel(9, 0, "delta")
+    assert kernel_correlation(r.kernel, k) > max(0.8, kernel_correlation(delta, k))
+    assert len(r.trace) == 15 and [t["index"] for t in r.trace] == list(range(14, -1, -1))
+
+
+def test_a_known_kernel_is_used_as_it_is():
+    x, k, y = blurred(64, 64, seed=1)
+    k = np.roll(k, 1, axis=0)  # not centred: nothing may recentre it
+    y = degrade(x, k, 0.01, 0)
+    for method in ("fast-em", "diffusion-em", "known"):
+        r = quick(method=method, steps=15)(y, sigma=0.01, kernel=k)
+        np.testing.assert_allclose(r.kernel, k, atol=1e-6)
+        assert psnr(r.image, x) > psnr(y, x) + 0.5
+    tensor = quick(steps=15)(y, sigma=0.01, kernel=torch.from_numpy(k))
+    assert np.array_equal(tensor.image, quick(steps=15)(y, sigma=0.01, kernel=k).image)
+
+
+@pytest.mark.parametrize("level", [0, 7, 255])
+def test_a_constant_image_has_no_blur(level):
+    image = np.full((20, 24, 3), level, np.uint8)
+    r = quick(particles=2)(image)
+    assert np.array_equal(r.image, image) and r.sigma == SIGMA_FLOOR and r.sigma_estimated
+    assert r.kernel[3, 3] == 1 and r.kernel.sum() == 1
+    assert r.samples.shape == (2, 20, 24, 3) and (r.std() == 0).all()
+    assert [w.split(":")[0] for w in r.warnings] == ["W_NO_INFORMATION"]
+    assert_sane(quick()(image, kernel=motion_kernel(7, 0)))  # with a kernel it is restored like any other
+
+
+@pytest.mark.parametrize("name", [pytest.param("reference", marks=NO_EDGES), "native"])
+def test_an_image_without_edges(name, request):
+    """Not constant, but too smooth to fit a kernel to: there is still a result."""
+    if name == "native":
+        request.getfixturevalue("native_backend")
+    wave = 0.5 + 0.005 * np.sin(np.arange(40) * np.pi / 20)
+    assert_sane(quick(backend=name)(np.tile(wave, (40, 1)).astype(np.float32), sigma=0.01))
+
+
+def test_sigma():
+    _, k, y = blurred(48, 48, sigma=0.03)
+    given, estimated = quick()(y, sigma=0.03, kernel=k), quick()(y, kernel=k)
+    assert not given.sigma_estimated and given.sigma == 0.03
+    assert estimated.sigma_estimated and estimated.sigma == pytest.approx(0.03, rel=0.3)
+    silent = quick()(y, sigma=0, kernel=k)
+    assert silent.sigma == SIGMA_FLOOR
+    assert_sane(silent)
+    assert any(w.startswith("W_SIGMA") for w in silent.warnings)  # the residual is far above the floor
+
+
+def test_particles():
+    _, k, y = blurred(24, 24)
+    r = quick(particles=2, steps=4)(y, sigma=0.05, kernel=k)
+    assert_sane(r, particles=2)
+    assert r.samples.shape == (2, 24, 24, 3) and r.mean().shape == r.std().shape == (24, 24, 3)
+    np.testing.assert_allclose(r.mean(), (r.samples[0] + r.samples[1]) / 2, atol=1e-6)
+    np.testing.assert_allclose(r.std(), abs(r.samples[0] - r.samples[1]) / 2, atol=1e-6)
+    assert r.std().mean() > 1e-4 and np.array_equal(r.image, r.samples[0])
+    assert (quick(steps=4)(y, sigma=0.05, kernel=k).std() == 0).all()
+
+
+@pytest.mark.parametrize("guidance", ["mean", "pigdm", "dps"])
+@pytest.mark.parametrize("method", ["fast-em", "diffusion-em"])
+@pytest.mark.parametrize("compat", ["paper", "released"])
+def test_every_combination_runs(method, guidance, compat):
+    seen = []
+    engine = quick(method=method, guidance=guidance, compat=compat, particles=2)
+    r = engine(blurred(24, 24)[2], sigma=0.05, on_step=lambda done, total: seen.append((done, total)))
+    assert_sane(r, particles=2)
+    if method == "fast-em":
+        assert seen == [(1, 2), (2, 2)]
+
+
+# ------------------------------------------------------------------------------------------- reproducible
+
+
+@pytest.mark.parametrize("guidance", ["mean", "pigdm"])
+def test_seeds(guidance):
+    y = blurred(32, 32)[2]
+    a, b, c = (quick(guidance=guidance, steps=3)(y, sigma=0.02, seed=seed) for seed in (5, 5, 6))
+    assert np.array_equal(a.image, b.image) and np.array_equal(a.kernel, b.kernel) and a.reblur == b.reblur
+    assert not np.array_equal(a.image, c.image)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance": "pigdm"}, {"compat": "released"}, {"method": "diffusion-em", "steps": 1}], ids=str
+)
+@pytest.mark.parametrize("name", ["reference", "native"])
+def test_an_image_does_not_see_its_company(name, options, request):
+    """A whole run of two images, bit for bit whatever the second one, its noise or its seed is."""
+    if name == "native":
+        request.getfixturevalue("native_backend")
+    engine = quick(**{"steps": 3} | options, backend=name, boundary="circular", particles=2)
+    mine = torch.from_numpy(blurred(24, 24)[2]).permute(2, 0, 1)
+
+    def run(seed, sigma, scale=1.0):
+        other = scale * torch.from_numpy(blurred(24, 24, seed)[2]).permute(2, 0, 1)
+        y, seeds = torch.stack([mine, other]), torch.tensor([4, seed])
+        drawn, _, _ = engine.restore(y, torch.tensor([0.02, sigma]), seeds)
+        return drawn.x[0], drawn.kernel[0]
+
+    x, k = run(1, 0.02)
+    for company in ((2, 0.02), (1, 0.2), (3, 0.05, 0.8)):
+        x_again, k_again = run(*company)
+        assert torch.equal(x, x_again) and torch.equal(k, k_again), company
+
+
+def test_sums_over_the_batch_would_show(monkeypatch):
+    """Negative control of the test above: with the sums of the released program, company changes the kernel."""
+    sums = ops.spectral_sums
+    monkeypatch.setattr(ops, "spectral_sums", lambda *a, **o: tuple(s.sum(0, True).expand_as(s) for s in sums(*a, **o)))
+    engine = quick(compat="released", steps=3, boundary="circular", particles=2)
+    mine, *others = (torch.from_numpy(blurred(32, 32, s)[2]).permute(2, 0, 1) for s in (0, 1, 2))
+    seeds = torch.tensor([4, 1])
+    a, b = (engine.restore(torch.stack([mine, other]), 0.02, seeds)[0].kernel[0] for other in others)
+    assert not torch.equal(a, b)
+
+
+def test_map_keeps_the_order_and_the_failures():
+    y = blurred(24, 24)[2]
+    bad = np.full((24, 24, 3), np.nan, np.float32)
+    results = list(quick().map([y, bad, y[:20]], sigma=0.02, seed=3))
+    assert np.array_equal(results[0].image, quick()(y, sigma=0.02, seed=3).image)
+    assert isinstance(results[1], ValueError) and results[2].image.shape == (20, 24, 3)
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "blind"}, "unknown method 'blind'; allowed are fast-em, diffusion-em, known"),
+        ({"guidance": "none"}, "unknown guidance 'none'; allowed are mean, pigdm, dps"),
+        ({"compat": "exact"}, "unknown compat 'exact'; allowed are paper, released"),
+        ({"boundary": "zero"}, "unknown boundary 'zero'; allowed are auto, photo, circular"),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000, got 0"),
+        ({"steps": 1001}, "steps must be a whole number"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+        ({"particles": 0}, "particles must be a whole number"),
+        ({"particles": True}, "particles must be a whole number"),
+        ({"kernel_size": 0}, "kernel_size must be a whole number"),
+        ({"kernel_size": (5, 1000)}, "kernel_size must be a whole number"),
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+    ],
+)
+def test_options_that_do_not_exist(options, message):
+    with pytest.raises(ValueError, match=message):
+        Deblurrer(natural(), **options)
+
+
+def test_a_device_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="sees no GPU; use --device cpu"):
+        Deblurrer(natural(), device="cuda")
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((7, 20, 3), np.uint8), "at least 8 pixels on each side, got 20x7"),
+        (np.zeros((20, 20, 4), np.uint8), r"got shape \(20, 20, 4\)"),
+        (np.zeros((2, 20, 20, 3), np.uint8), r"got shape \(2, 20, 20, 3\)"),
+        (torch.zeros(20, 20, 3), r"\(C, H, W\) as a tensor; got shape \(20, 20, 3\)"),
+        (np.zeros((20, 20), np.int32), "uint8, uint16 or floating point in .0, 1., got int32"),
+        (np.zeros((20, 20), bool), "got bool"),
+        (np.full((20, 20), np.nan, np.float32), "NaN or infinite"),
+        (np.full((20, 20), np.inf, np.float32), "NaN or infinite"),
+    ],
+)
+def test_images_that_cannot_be_used(image, message):
+    with pytest.raises(ValueError, match=message):
+        quick()(image)
+
+
+def test_calls_that_cannot_be_answered():
+    y = blurred(24, 24)[2]
+    for sigma in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="sigma must be a number >= 0 in image units"):
+            quick()(y, sigma=sigma)
+    with pytest.raises(ValueError, match="method 'known' needs the kernel"):
+        quick(method="known")(y)
+    for kernel in (np.zeros((3, 3)), np.full((3, 3), np.nan), np.ones((2, 3, 3)), -np.ones((3, 3))):
+        with pytest.raises(ValueError, match=r"a kernel is \(h, w\), finite and of positive sum"):
+            quick()(y, kernel=kernel)
+
+
+class Broken(EpsModel):
+    """A network that puts out nan below some noise level."""
+
+    def __init__(self):
+        super().__init__(3)
+
+    def forward(self, x_t, t):
+        return torch.full_like(x_t, math.nan)
+
+
+def test_a_result_that_is_not_finite_is_not_returned():
+    engine = Deblurrer(Broken(), kernel_size=7, steps=2, device="cpu")
+    with pytest.raises(NumericError, match="not finite"):
+        engine(blurred(24, 24)[2], sigma=0.02, kernel=motion_kernel(7, 0))
+    with pytest.raises(NumericError, match="not finite"):
+        engine(blurred(24, 24)[2], sigma=0.02)
+    assert [type(e) for e in engine.map([blurred(24, 24)[2]], sigma=0.02)] == [NumericError]
+
+
+def test_config_is_what_decides():
+    engine = Deblurrer(natural(), kernel_size=(5, 9), guidance="dps", device="cpu")
+    config = engine.config
+    assert config["kernel_size"] == [5, 9] and config["steps"] == 1000 and config["guidance"] == "dps"
+    assert config["prior_sha256"] == natural().sha256 and config["lam"] == 1.0
+    assert Deblurrer(natural(), kernel_size=64, device="cpu").lam == 0.2
+    assert Deblurrer(natural(), compat="released", device="cpu").guidance == "pigdm"
+    assert Deblurrer(GaussianEps(torch.zeros(3, 8, 8), 1.0), device="cpu").config["prior"] == "GaussianEps"
