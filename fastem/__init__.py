@@ -16,7 +16,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "fastem.engine": ("Deblurrer", "Restoration", "deblur"),
+    "fastem.batch": ("deblur",),
+    "fastem.engine": ("Deblurrer", "Restoration"),
     "fastem.em": ("EdgeEM", "HQS", "Known", "diffusion_em"),
     "fastem.samplers": ("DDIM", "DDPM", "PhiloxNoise", "Renoise", "sample"),
     "fastem.guidance": ("DPS", "PiGDM", "PosteriorMean"),

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from fastem import io
+from fastem.engine import Deblurrer
 from fastem.env import versions
 from fastem.io import FastemError, InputError, OutputError, Picture, shown
 from fastem.ops.backend import select, use_backend
@@ -220,6 +221,22 @@ def deblur_files(
     return deblur_plan(plan_files(paths, out, save=save, name_by=name_by), engine, **options)
 
 
+def deblur(image: Any, out: str | os.PathLike | None = None, **options: Any) -> Any:
+    """One call for the impatient: restores with a fresh engine.
+
+    Args:
+        image: what `Deblurrer` takes. With `out`, a file or a folder of them.
+        out: folder for the results, written as `fastem deblur` does.
+        options: of `Deblurrer` and of its call (sigma, seed, kernel).
+
+    Returns:
+        The `Restoration`; with `out`, the list of `Outcome`, one per file.
+    """
+    call = {name: options.pop(name) for name in ("sigma", "seed", "kernel") if name in options}
+    engine = Deblurrer(**options)
+    return engine(image, **call) if out is None else list(deblur_files([image], engine, out, **call))
+
+
 def deblur_plan(
     plan: Plan,
     engine: Callable[..., Any],
@@ -258,7 +275,7 @@ def deblur_plan(
         start = time.monotonic()
         own_seed = item_seed(seed, picture.sha256)
         steps = {} if on_step is None else {"on_step": lambda done, total: on_step(item, done, total)}
-        result = engine(picture.pixels, sigma=sigma, seed=own_seed, kernel=kernel, **steps)
+        result = engine(picture.pixels, sigma=sigma, seed=own_seed, kernel=kernel, lossy=picture.lossy, **steps)
         seconds = time.monotonic() - start
         files = _deblurred_files(plan.save, picture, result)
         record = {
@@ -436,7 +453,8 @@ def _classified(error: Exception) -> FastemError:
         classified = error
     elif _is_out_of_memory(error):
         hint = "Use a smaller picture, fewer --particles, or evaluate the network on tiles: --tile 256"
-        classified = InputError("E_OOM", "not enough memory for this picture", hint)
+        told = isinstance(error, MemoryError) and bool(error.args)  # by fastem.runtime, with numbers
+        classified = InputError("E_OOM", reason if told else "not enough memory for this picture", hint)
     elif isinstance(error, ArithmeticError):
         classified = InputError("E_NUMERIC", reason)
     elif isinstance(error, ValueError):

@@ -26,9 +26,13 @@ from fastem.samplers import DDPM, KernelEstimator, PhiloxNoise, Renoise, Rule, S
 from fastem.schedules import Schedule
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
+LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
 MIN_SIDE = 8  # pixels
+SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes minutes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
 INFLATION = 2.0  # of sigma where the kernel is an estimate
+CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the noise, is searched for again
+STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2))  # searches, in this order
 
 
 class Method(StrEnum):
@@ -76,6 +80,7 @@ class _Picture:
     y: Tensor
     like: Any
     gray: bool
+    lossy: bool = False  # by what is known of its file
 
     def back(self, x: Tensor) -> Any:
         """`(C, H, W)` in [0, 1] -> the type, dtype and layout of the input."""
@@ -103,14 +108,18 @@ def _quantise(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _picture(image: Any) -> _Picture:
+    lossy = getattr(image, "format", None) in ("JPEG", "MPO")  # of a PIL image that was opened, not made
     if isinstance(image, (str, Path)):
-        image = io.read_image(image).pixels
+        read = io.read_image(image)
+        image, lossy = read.pixels, read.lossy
     if isinstance(image, Image.Image):
         image = image if image.mode in ("L", "RGB") else image.convert("RGB")
         array = np.asarray(image)
     elif isinstance(image, Tensor):
         array = image.detach().cpu()
-        array = (array if array.dim() == 2 else array.permute(1, 2, 0)).numpy() if array.dim() in (2, 3) else array.numpy()
+        array = (
+            (array if array.dim() == 2 else array.permute(1, 2, 0)).numpy() if array.dim() in (2, 3) else array.numpy()
+        )
     else:
         array = np.asarray(image)
         image = array
@@ -128,7 +137,7 @@ def _picture(image: Any) -> _Picture:
     if not bool(torch.isfinite(y).all()):
         raise ValueError("the image holds NaN or infinite values")
     y = y[None] if y.dim() == 2 else y.permute(2, 0, 1)
-    return _Picture(y.expand(3, -1, -1)[None].contiguous(), image, gray=y.shape[0] == 1)
+    return _Picture(y.expand(3, -1, -1)[None].contiguous(), image, y.shape[0] == 1, lossy)
 
 
 class Deblurrer:
@@ -142,7 +151,9 @@ class Deblurrer:
         particles: samples per image; the M-step uses all of them.
         kernel_size: side of the kernel's support in pixels, odd or even, or (h, w).
         compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
-        kernel_prior: the kernel denoiser of the M-step, a bundled name, file or module.
+        m_step: `"edges"` (the default, from a coarse-to-fine start) or `"hqs"`, Eq. (22)-(25) from a delta.
+        r2_term: Appendix D's r_t^2 term in the HQS M-step.
+        kernel_prior: the kernel denoiser of the HQS M-step, a bundled name, file or module.
         lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
         boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
             looks whether its borders match.
@@ -157,13 +168,18 @@ class Deblurrer:
     def __init__(
         self, prior: Any = "natural", *, method: str = "fast-em", guidance: str | None = None, steps: int | None = None,
         particles: int = 1, kernel_size: int | tuple[int, int] = 33, compat: str = "paper", kernel_prior: Any = "kernel",
-        lam: float | None = None, boundary: str = "auto", tile: int | None = None, device: str = "auto", backend: str = "auto",
+        m_step: str | None = None, r2_term: bool = False, lam: float | None = None, boundary: str = "auto",
+        tile: int | None = None, device: str = "auto", backend: str = "auto",
     ) -> None:  # fmt: skip
         self.method = _choice("method", method, Method)
         self.compat = _choice("compat", compat, ("paper", "released"))
         released = self.compat == "released"
         self.guidance = _choice("guidance", guidance or ("pigdm" if released else "mean"), Guide)
         self.boundary = _choice("boundary", boundary, ("auto", "photo", "circular"))
+        self.m_step = _choice("m_step", m_step or ("hqs" if released else "edges"), ("edges", "hqs"))
+        if released and self.m_step != "hqs":
+            raise ValueError("compat 'released' has the M-step 'hqs' only; leave m_step out, or choose compat 'paper'")
+        self.r2_term = r2_term
         default_steps = {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
@@ -186,13 +202,13 @@ class Deblurrer:
         return {
             "prior": str(self.prior_name), "prior_sha256": self.model.sha256, "method": str(self.method),
             "guidance": str(self.guidance), "steps": self.steps, "particles": self.particles,
-            "kernel_size": list(self.kernel_size), "compat": self.compat, "lam": self.lam, "boundary": self.boundary,
+            "kernel_size": list(self.kernel_size), "compat": self.compat, "m_step": self.m_step, "r2_term": self.r2_term, "lam": self.lam, "boundary": self.boundary,
             "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
         }  # fmt: skip
 
     def __call__(
         self, image: Any, *, sigma: float | None = None, seed: int = 0, kernel: np.ndarray | Tensor | None = None,
-        on_step: Any = None,
+        lossy: bool | None = None, on_step: Any = None,
     ) -> Restoration:  # fmt: skip
         """Restores one image.
 
@@ -201,6 +217,9 @@ class Deblurrer:
             sigma: std of the noise in image units (8-bit 5 is 5 / 255); None estimates it.
             seed: same seed, same restoration.
             kernel: `(h, w)`, the blur where it is known; it is used as it is.
+            lossy: whether the image went through JPEG or the like: compression takes the noise, which the estimate then
+                misses, and leaves errors that deblurring would amplify. Such an estimate is at least 2 grey levels.
+                None: as the file or the PIL image says; arrays and tensors do not.
             on_step: called with (steps done, steps in all).
 
         Raises:
@@ -215,25 +234,36 @@ class Deblurrer:
             raise ValueError(f"sigma must be a number >= 0 in image units (8-bit 5 is 5 / 255), got {sigma}")
         if kernel is None and self.method is Method.KNOWN:
             raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
-        used = max(float(sigma), SIGMA_FLOOR)
+        used, notes = max(float(sigma), SIGMA_FLOOR), []
+        if estimated and used < LOSSY_SIGMA and (picture.lossy if lossy is None else lossy):
+            notes.append(
+                f"W_LOSSY: compression left noise of {255 * sigma:.2g} grey levels; its own errors count as {255 * LOSSY_SIGMA:.2g}"
+            )
+            used = LOSSY_SIGMA
         if kernel is not None:
             kernel = _kernel(kernel)
-        if float(picture.y.std()) < SIGMA_FLOOR and kernel is None:
+        if float(picture.y.std(dim=(-2, -1)).max()) < SIGMA_FLOOR and kernel is None:
             return self._nothing_to_see(picture, used, estimated)
         seeds = torch.tensor([seed], dtype=torch.int64, device=self.device)
         drawn, canvas, trace = self.restore(picture.y.to(self.device), used, seeds, kernel=kernel, on_step=on_step)
         if not bool(torch.isfinite(drawn.x).all() & torch.isfinite(drawn.kernel).all()):
-            raise NumericError("the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean")
+            raise NumericError(
+                "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
+            )
         samples = canvas.crop(drawn.images)[0]
         k = drawn.kernel.clamp(min=0)
         k = k / k.sum()
-        chi2 = self._chi2(drawn, k, picture.y, canvas, used)
+        chi2 = float(reblur_chi2(drawn, picture.y.to(self.device), canvas, torch.tensor([used], device=self.device)))
+        if not 0.5 < chi2 < 2:
+            notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         return Restoration(
             picture.back(samples[0]), k[0, 0].cpu().numpy(), samples.permute(0, 2, 3, 1).cpu().numpy(), used, estimated,
-            chi2, trace, [] if 0.5 < chi2 < 2 else [f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?"],
+            chi2, trace, notes,
         )  # fmt: skip
 
-    def map(self, items: Iterable[Any], *, sigma: float | None = None, seed: int = 0) -> Iterator[Restoration | Exception]:
+    def map(
+        self, items: Iterable[Any], *, sigma: float | None = None, seed: int = 0
+    ) -> Iterator[Restoration | Exception]:
         """Restores images one after the other, in order; an item that fails yields its exception instead."""
         for item in items:
             try:
@@ -274,31 +304,48 @@ class Deblurrer:
                     compat=self.compat, rule=rule, r2=r2,
                 )  # fmt: skip
                 return drawn, canvas, trace
-            if kernel is not None:
-                estimator: KernelEstimator = Known(kernel.to(y))
-            elif self.compat == "released":
-                estimator = HQS(prior, ksize, compat=self.compat)
-            else:
-                estimator = EdgeEM(self._first_kernel(y, observation, ksize), inflation=INFLATION)
             first = schedule.step(len(schedule) - 1)
             x_start = None
             if self.guidance is Guide.MEAN:  # the schedule starts where the low frequencies of y are right
                 a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
                 x_start = a * (2 * observation.y[:, None] - 1) + s * philox(0).start()
-            drawn = sample(
-                model, observation, estimator, self._guide(blind=kernel is None), schedule, noise=philox(0), rule=rule, r2=r2, x_start=x_start,
-                on_step=record,
-            )  # fmt: skip
+
+            def draw(estimator: KernelEstimator) -> Sample:
+                return sample(
+                    model, observation, estimator, self._guide(blind=kernel is None), schedule, noise=philox(0), rule=rule,
+                    r2=r2, x_start=x_start, on_step=record,
+                )  # fmt: skip
+
+            if kernel is not None:
+                return draw(Known(kernel.to(y))), canvas, trace
+            if self.m_step == "hqs":
+                return draw(HQS(prior, ksize, compat=self.compat, r2_ridge=self.r2_term)), canvas, trace
+            drawn = None
+            window, denoised = self._kernel_window(y, observation, ksize)
+            for search in STARTS:  # each image keeps its first good answer, or the best of all
+                k_start = search(denoised, ksize, window.canvas)
+                drawn_now = draw(EdgeEM(k_start, inflation=INFLATION))
+                chi2 = reblur_chi2(drawn_now, y, canvas, observation.sigma)
+                if drawn is None:
+                    drawn, best = drawn_now, chi2
+                else:
+                    better = (best > CHI2_GOOD) & (chi2 < best)
+                    x = torch.where(better.view(-1, 1, 1, 1, 1), drawn_now.x, drawn.x)
+                    k = torch.where(better.view(-1, 1, 1, 1), drawn_now.kernel, drawn.kernel)
+                    drawn, best = Sample(x, k), torch.where(better, chi2, best)
+                if bool((best <= CHI2_GOOD).all()) or y[0].numel() > SEARCH_AGAIN:
+                    break
+                total += len(schedule)
         return drawn, canvas, trace
 
-    def _first_kernel(self, y: Tensor, observation: Observation, ksize: tuple[int, int]) -> Tensor:
-        """Where the EM starts; of large images found on their busiest window."""
+    def _kernel_window(self, y: Tensor, observation: Observation, ksize: tuple[int, int]) -> tuple[Observation, Tensor]:
+        """What the first kernel is searched on: the image, or the busiest window of a large one; and it without noise."""
         window = runtime.busiest_window(y)
         if window.shape != y.shape:
             canvas = Canvas.around((window.shape[-2], window.shape[-1]), ksize)
             observation = Observation.of(canvas.extend(window), observation.sigma, canvas)
         model = runtime.fit_to_size(self.model, observation.size, self.tile)
-        return CoarseToFine()(denoise_observation(model, observation), ksize, observation.canvas)
+        return observation, denoise_observation(model, observation)
 
     def _guide(self, *, blind: bool) -> Guidance:
         mean = PosteriorMean(INFLATION if blind else 1.0)
@@ -312,15 +359,13 @@ class Deblurrer:
     def _canvas(self, y: Tensor, ksize: tuple[int, int]) -> Canvas:
         size = (y.shape[-2], y.shape[-1])
         roomy = all(n >= 1.5 * m for n, m in zip(size, ksize, strict=True))
-        if self.boundary == "circular" or self.compat == "released" or (self.boundary == "auto" and roomy and looks_periodic(y)):
+        alike = (
+            self.boundary == "auto" and roomy and len(y) == 1 and looks_periodic(y)
+        )  # images of a batch share a canvas
+        if self.boundary == "circular" or self.compat == "released" or alike:
             return Canvas(*size, size)
         margin = tuple(max(m, 2 * m - n) for n, m in zip(size, ksize, strict=True))
         return Canvas.around(size, margin)
-
-    def _chi2(self, drawn: Sample, k: Tensor, y: Tensor, canvas: Canvas, sigma: float) -> float:
-        x = drawn.images.mean(dim=1)
-        e = (canvas.crop(blur(x, k)) - y.to(x.device)).square().mean()
-        return float(e) / sigma**2
 
     def _nothing_to_see(self, picture: _Picture, sigma: float, estimated: bool) -> Restoration:
         """A constant image: any kernel explains it, so it is returned as it is with no blur."""
@@ -328,8 +373,22 @@ class Deblurrer:
         k[self.kernel_size[0] // 2, self.kernel_size[1] // 2] = 1
         samples = picture.y.permute(0, 2, 3, 1).expand(self.particles, -1, -1, -1).numpy().copy()
         return Restoration(
-            picture.back(picture.y[0]), k, samples, sigma, estimated, 0.0, [], ["W_NO_INFORMATION: the image is constant"]
+            picture.back(picture.y[0]),
+            k,
+            samples,
+            sigma,
+            estimated,
+            0.0,
+            [],
+            ["W_NO_INFORMATION: the image is constant"],
         )
+
+
+def reblur_chi2(drawn: Sample, y: Tensor, canvas: Canvas, sigma: Tensor) -> Tensor:
+    """`||k * x - y||^2 / (M sigma^2)` of each image, `(B,)`: y `(B, C, H, W)`, sigma `(B,)`, x the mean of the particles."""
+    k = drawn.kernel.clamp(min=0)
+    e = canvas.crop(blur(drawn.images.mean(dim=1), k / k.sum((-2, -1), keepdim=True))) - y
+    return e.square().mean(dim=(1, 2, 3)) / sigma**2
 
 
 def looks_periodic(y: Tensor) -> bool:
@@ -343,16 +402,12 @@ def looks_periodic(y: Tensor) -> bool:
     return True
 
 
-def deblur(image: Any, out: str | Path | None = None, **options: Any) -> Restoration:
-    """Restores one image with a fresh engine; options are those of `Deblurrer` and of its call (sigma, seed, kernel)."""
-    call = {name: options.pop(name) for name in ("sigma", "seed", "kernel") if name in options}
-    return Deblurrer(**options)(image, **call)
-
-
 def _kernel(kernel: np.ndarray | Tensor) -> Tensor:
     k = torch.as_tensor(np.asarray(kernel) if not isinstance(kernel, Tensor) else kernel).float().squeeze()
     if k.dim() != 2 or not bool(torch.isfinite(k).all()) or float(k.sum()) <= 0:
-        raise ValueError(f"a kernel is (h, w), finite and of positive sum, got shape {tuple(k.shape)} and sum {float(k.sum()):.3g}")
+        raise ValueError(
+            f"a kernel is (h, w), finite and of positive sum, got shape {tuple(k.shape)} and sum {float(k.sum()):.3g}"
+        )
     return k[None, None]
 
 

@@ -72,6 +72,7 @@ class Picture:
         warnings: lines such as "W_NO_END: ...".
         sha256: hexadecimal, of the file.
         format: one of `FORMATS`.
+        lossy: whether the file was compressed with losses (JPEG, most WebP, JPEG in TIFF).
     """
 
     pixels: np.ndarray
@@ -81,6 +82,7 @@ class Picture:
     warnings: list[str] = field(default_factory=list)
     sha256: str = ""
     format: str = ""
+    lossy: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -292,7 +294,19 @@ def _decode(data: bytes, kind: str, ihdr: _Ihdr | None, max_pixels: int, notes: 
                 icc = None  # no longer the profile of these pixels
             if ihdr and alpha is None and "transparency" in image.info and image.mode != "P":
                 alpha = _keyed_alpha(pixels, image.info["transparency"], ihdr.depth)
-    return Picture(_upright(pixels, orientation), _upright(alpha, orientation), icc, exif, notes)
+            lossy = kind == "JPEG" or _webp_is_lossy(data) or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+    return Picture(_upright(pixels, orientation), _upright(alpha, orientation), icc, exif, notes, lossy=lossy)
+
+
+def _webp_is_lossy(data: bytes) -> bool:
+    """Whether the pixels of a WebP file are in a VP8 chunk (VP8L is lossless); False for other files."""
+    position = 12 if data[8:12] == b"WEBP" else len(data)
+    while position + 8 <= len(data):
+        if data[position : position + 4] == b"VP8 ":
+            return True
+        (length,) = struct.unpack("<I", data[position + 4 : position + 8])
+        position += 8 + length + length % 2
+    return False
 
 
 def _split(image: Image.Image, notes: list[str]) -> tuple[np.ndarray, np.ndarray | None]:
