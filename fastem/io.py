@@ -294,7 +294,8 @@ def _decode(data: bytes, kind: str, ihdr: _Ihdr | None, max_pixels: int, notes: 
                 icc = None  # no longer the profile of these pixels
             if ihdr and alpha is None and "transparency" in image.info and image.mode != "P":
                 alpha = _keyed_alpha(pixels, image.info["transparency"], ihdr.depth)
-            lossy = kind == "JPEG" or _webp_is_lossy(data) or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+            packed = image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")  # TIFF
+            lossy = kind == "JPEG" or packed or _webp_is_lossy(data)
     return Picture(_upright(pixels, orientation), _upright(alpha, orientation), icc, exif, notes, lossy=lossy)
 
 

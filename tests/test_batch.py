@@ -50,9 +50,11 @@ class Engine:
 
     failures: dict[int, Exception] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
+    lossy: list[bool] = field(default_factory=list)
     config = {"method": "none", "device": "cpu", "backend": "reference"}
 
-    def __call__(self, image, *, sigma, seed, kernel, on_step=None):
+    def __call__(self, image, *, sigma, seed, kernel, lossy, on_step=None):
+        self.lossy.append(lossy)
         if error := self.failures.get(int(image.flat[0])):
             raise error
         self.seeds.append(seed)
@@ -149,6 +151,22 @@ def test_failures_stay_with_their_item(folder, tmp_path):
     assert "--tile" in outcomes["memory.png"].error.hint
     assert all("\n" not in str(o.error) for o in outcomes.values() if o.error)
     assert {name.split(".")[0] for name in os.listdir(tmp_path / "out")} == {"a", "b", "c"}
+
+
+def test_the_engine_learns_which_files_were_compressed_with_losses(folder, tmp_path):
+    engine = Engine()
+    outcomes = list(deblur_files([folder], engine, tmp_path / "out"))
+    assert {o.source.name: lossy for o, lossy in zip(outcomes, engine.lossy, strict=True)} == {
+        "a.png": False,
+        "b.jpg": True,
+        "c.bmp": False,
+    }
+
+
+def test_memory_that_is_refused_with_numbers_is_told_with_them(tmp_path):
+    engine = Engine({1: MemoryError("needs about 40 GB")})
+    (outcome,) = deblur_files([save_picture(tmp_path / "a.png", 1)], engine, tmp_path / "out")
+    assert outcome.error.code == "E_OOM" and outcome.error.args[0] == "needs about 40 GB"
 
 
 def test_vanished_and_replaced_inputs(folder, tmp_path):

@@ -541,3 +541,21 @@ def test_resize():
 def test_names_are_shown_on_one_line():
     assert shown(Path("a\nb\x1b[31m é.png")) == "a\\nb\\x1b[31m é.png"
     assert shown(os.fsdecode(b"a\xff.png")) == "a\\udcff.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "lossy"),
+    [
+        ("a.jpg", {}, True),
+        ("a.webp", {"quality": 80}, True),
+        ("a.webp", {"quality": 80, "exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"}, True),
+        ("a.webp", {"lossless": True}, False),
+        ("a.tif", {}, False),
+        ("a.tif", {"compression": "jpeg"}, True),
+        ("a.png", {}, False),
+        ("a.bmp", {}, False),
+    ],
+)
+def test_lossy_files_are_known(tmp_path, name, options, lossy):
+    Image.effect_noise((24, 16), 40).convert("RGB").save(tmp_path / name, **options)
+    assert read_image(tmp_path / name).lossy is lossy
