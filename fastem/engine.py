@@ -125,7 +125,7 @@ def _picture(image: Any) -> _Picture:
         image = array
     if array.ndim == 3 and array.shape[2] not in (1, 3) or array.ndim not in (2, 3):
         raise ValueError(
-            f"an image is (H, W), (H, W, 1) or (H, W, 3) as an array, (C, H, W) as a tensor; got shape {tuple(image.shape)}. "
+            f"an image is (H, W), (H, W, 1) or (H, W, 3) as an array, (C, H, W) as a tensor; got {tuple(image.shape)}. "
             "Carry an alpha channel beside it."
         )
     if min(array.shape[:2]) < MIN_SIDE:
@@ -167,9 +167,10 @@ class Deblurrer:
 
     def __init__(
         self, prior: Any = "natural", *, method: str = "fast-em", guidance: str | None = None, steps: int | None = None,
-        particles: int = 1, kernel_size: int | tuple[int, int] = 33, compat: str = "paper", kernel_prior: Any = "kernel",
-        m_step: str | None = None, r2_term: bool = False, lam: float | None = None, boundary: str = "auto",
-        tile: int | None = None, device: str = "auto", backend: str = "auto",
+        particles: int = 1, kernel_size: int | tuple[int, int] = 33, compat: str = "paper",
+        kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False,
+        lam: float | None = None, boundary: str = "auto", tile: int | None = None,
+        device: str = "auto", backend: str = "auto",
     ) -> None:  # fmt: skip
         self.method = _choice("method", method, Method)
         self.compat = _choice("compat", compat, ("paper", "released"))
@@ -202,7 +203,8 @@ class Deblurrer:
         return {
             "prior": str(self.prior_name), "prior_sha256": self.model.sha256, "method": str(self.method),
             "guidance": str(self.guidance), "steps": self.steps, "particles": self.particles,
-            "kernel_size": list(self.kernel_size), "compat": self.compat, "m_step": self.m_step, "r2_term": self.r2_term, "lam": self.lam, "boundary": self.boundary,
+            "kernel_size": list(self.kernel_size), "compat": self.compat, "m_step": self.m_step,
+            "r2_term": self.r2_term, "lam": self.lam, "boundary": self.boundary,
             "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
         }  # fmt: skip
 
@@ -213,7 +215,7 @@ class Deblurrer:
         """Restores one image.
 
         Args:
-            image: ndarray `(H, W)` or `(H, W, C)`, tensor `(C, H, W)`, PIL image or path; uint8, uint16 or float in [0, 1].
+            image: ndarray `(H, W[, C])`, tensor `(C, H, W)`, PIL image or path; uint8, uint16 or float in [0, 1].
             sigma: std of the noise in image units (8-bit 5 is 5 / 255); None estimates it.
             seed: same seed, same restoration.
             kernel: `(h, w)`, the blur where it is known; it is used as it is.
@@ -236,9 +238,8 @@ class Deblurrer:
             raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
         used, notes = max(float(sigma), SIGMA_FLOOR), []
         if estimated and used < LOSSY_SIGMA and (picture.lossy if lossy is None else lossy):
-            notes.append(
-                f"W_LOSSY: compression left noise of {255 * sigma:.2g} grey levels; its own errors count as {255 * LOSSY_SIGMA:.2g}"
-            )
+            found, least = 255 * sigma, 255 * LOSSY_SIGMA
+            notes.append(f"W_LOSSY: {found:.2g} grey levels of noise survived compression; counted as {least:.2g}")
             used = LOSSY_SIGMA
         if kernel is not None:
             kernel = _kernel(kernel)
@@ -282,6 +283,9 @@ class Deblurrer:
         ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
         canvas = self._canvas(y, ksize)
         observation = Observation.of(canvas.extend(y), sigma, canvas)
+        particles = len(y) * self.particles
+        jacobian = self.guidance is not Guide.MEAN
+        runtime.check_memory(observation.size, particles, jacobian=jacobian, device=self.device)
         model = runtime.fit_to_size(self.model, observation.size, self.tile)
         schedule, rule = self._schedule()
         trace: list[dict] = []
@@ -300,8 +304,8 @@ class Deblurrer:
         with use_backend(self.backend):
             if self.method is Method.DIFFUSION_EM and kernel is None:
                 drawn = diffusion_em(
-                    model, observation, self._guide(blind=False), schedule, prior=prior, kernel_size=ksize, noise=philox,
-                    compat=self.compat, rule=rule, r2=r2,
+                    model, observation, self._guide(blind=False), schedule, prior=prior, kernel_size=ksize,
+                    noise=philox, compat=self.compat, rule=rule, r2=r2,
                 )  # fmt: skip
                 return drawn, canvas, trace
             first = schedule.step(len(schedule) - 1)
@@ -312,8 +316,8 @@ class Deblurrer:
 
             def draw(estimator: KernelEstimator) -> Sample:
                 return sample(
-                    model, observation, estimator, self._guide(blind=kernel is None), schedule, noise=philox(0), rule=rule,
-                    r2=r2, x_start=x_start, on_step=record,
+                    model, observation, estimator, self._guide(blind=kernel is None), schedule, noise=philox(0),
+                    rule=rule, r2=r2, x_start=x_start, on_step=record,
                 )  # fmt: skip
 
             if kernel is not None:
@@ -339,7 +343,7 @@ class Deblurrer:
         return drawn, canvas, trace
 
     def _kernel_window(self, y: Tensor, observation: Observation, ksize: tuple[int, int]) -> tuple[Observation, Tensor]:
-        """What the first kernel is searched on: the image, or the busiest window of a large one; and it without noise."""
+        """What the first kernel is searched on, the image or the busiest window of a large one; and it denoised."""
         window = runtime.busiest_window(y)
         if window.shape != y.shape:
             canvas = Canvas.around((window.shape[-2], window.shape[-1]), ksize)
@@ -385,14 +389,14 @@ class Deblurrer:
 
 
 def reblur_chi2(drawn: Sample, y: Tensor, canvas: Canvas, sigma: Tensor) -> Tensor:
-    """`||k * x - y||^2 / (M sigma^2)` of each image, `(B,)`: y `(B, C, H, W)`, sigma `(B,)`, x the mean of the particles."""
+    """`||k * x - y||^2 / (M sigma^2)` of each image, `(B,)`: y `(B, C, H, W)`, sigma `(B,)`, x the mean particle."""
     k = drawn.kernel.clamp(min=0)
     e = canvas.crop(blur(drawn.images.mean(dim=1), k / k.sum((-2, -1), keepdim=True))) - y
     return e.square().mean(dim=(1, 2, 3)) / sigma**2
 
 
 def looks_periodic(y: Tensor) -> bool:
-    """Whether the borders of `(B, C, H, W)` continue each other: their jump is no larger than 1.5 times the inner ones."""
+    """Whether the borders of `(B, C, H, W)` continue each other: jumps there are at most 1.5 times those inside."""
     for dim in (-2, -1):
         size = y.shape[dim]
         inner = (y.narrow(dim, 1, size - 1) - y.narrow(dim, 0, size - 1)).square().mean()

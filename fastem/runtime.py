@@ -13,7 +13,8 @@ from fastem.models import EpsModel, TiledEps
 
 TILE_PIXELS = 2_000_000  # larger images are evaluated tile by tile, which bounds the activations
 LARGE_TILE, LARGE_OVERLAP = 768, 64  # tiles of networks that take any size
-BASE_BYTES, IMAGE_BYTES, PARTICLE_BYTES, VJP_BYTES = 1_000_000_000, 120, 200, 260  # in all, and per pixel
+BASE_BYTES, BACKWARD_BYTES = 1_000_000_000, 700_000_000  # program and network, and what the network's backward adds
+IMAGE_BYTES, PARTICLE_BYTES, GUIDED_BYTES = 120, 200, 260  # per pixel; the last where there is a backward
 WINDOW_PIXELS = 1_500_000  # of larger images a window of this size decides where the search for the kernel starts
 WINDOW_SIDE = 512  # pixels; it is no narrower, unless the image is
 WINDOW_STEP = 16  # pixels; grid on which windows are placed
@@ -50,7 +51,8 @@ def check_memory(size: tuple[int, int], particles: int, *, jacobian: bool, devic
     """
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         return
-    need = BASE_BYTES + size[0] * size[1] * (IMAGE_BYTES + particles * (VJP_BYTES if jacobian else PARTICLE_BYTES))
+    per_pixel = IMAGE_BYTES + particles * (GUIDED_BYTES if jacobian else PARTICLE_BYTES)
+    need = BASE_BYTES + jacobian * BACKWARD_BYTES + size[0] * size[1] * per_pixel
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
         raise MemoryError(

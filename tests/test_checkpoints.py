@@ -111,8 +111,9 @@ def test_natural_prior_round_trip(tmp_path, prior):
     with torch.no_grad():
         expected = DenoiserEps(prior)(x, 50)
     eps = model(x, 50)
-    assert not eps.requires_grad and torch.equal(eps, expected)
-    assert torch.equal(load_model(prior.state_dict())(x, 50), expected)  # the architecture shows in the shapes
+    assert not eps.requires_grad
+    torch.testing.assert_close(eps, expected, rtol=0, atol=1e-5)  # fused convolutions round differently
+    assert torch.equal(load_model(prior.state_dict())(x, 50), eps)  # the architecture shows in the shapes
 
 
 def test_unet_round_trips(tmp_path, unet):
