@@ -50,7 +50,7 @@ class CoarseToFine:
         k = None
         for size in self.scales(kernel_size):
             factor = max(s / full for s, full in zip(size, kernel_size, strict=True))
-            shape = tuple(min(n, max(2 * round(n * factor / 2), 2)) for n in y.shape[-2:])
+            shape = tuple(min(n, max(2 * round(n * factor / 2), m)) for n, m in zip(y.shape[-2:], size, strict=True))
             k = _smallest(y, size) if k is None else _resize_kernel(k, size)
             k = self._alternate(shrink(y, shape), k, shape, None if canvas is None or canvas.periodic else canvas)
         return k

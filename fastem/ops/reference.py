@@ -76,7 +76,7 @@ def project_simplex(z: Tensor) -> Tensor:
     u = flat.sort(dim=-1, descending=True).values
     excess = u.cumsum(-1) - 1
     index = torch.arange(1, u.shape[-1] + 1, device=z.device)
-    rho = (u * index > excess).sum(-1, keepdim=True)
+    rho = (u * index > excess).sum(-1, keepdim=True).clamp(min=1)  # 0 only for nan, which passes on
     tau = excess.gather(-1, rho - 1) / rho
     return (flat - tau).clamp(min=0).view_as(z)
 
