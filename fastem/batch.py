@@ -452,9 +452,11 @@ def _classified(error: Exception) -> FastemError:
     if isinstance(error, FastemError):
         classified = error
     elif _is_out_of_memory(error):
-        hint = "Use a smaller picture, fewer --particles, or evaluate the network on tiles: --tile 256"
-        told = isinstance(error, MemoryError) and bool(error.args)  # by fastem.runtime, with numbers
-        classified = InputError("E_OOM", reason if told else "not enough memory for this picture", hint)
+        if isinstance(error, MemoryError) and error.args:  # refused by fastem.runtime, with numbers
+            classified = InputError("E_OOM", reason, "Use fewer --particles or a smaller picture")
+        else:
+            hint = "Use a smaller picture, fewer --particles, or evaluate the network on tiles: --tile 256"
+            classified = InputError("E_OOM", "not enough memory for this picture", hint)
     elif isinstance(error, ArithmeticError):
         classified = InputError("E_NUMERIC", reason)
     elif isinstance(error, ValueError):

@@ -167,6 +167,7 @@ def test_memory_that_is_refused_with_numbers_is_told_with_them(tmp_path):
     engine = Engine({1: MemoryError("needs about 40 GB")})
     (outcome,) = deblur_files([save_picture(tmp_path / "a.png", 1)], engine, tmp_path / "out")
     assert outcome.error.code == "E_OOM" and outcome.error.args[0] == "needs about 40 GB"
+    assert "--particles" in outcome.error.hint
 
 
 def test_vanished_and_replaced_inputs(folder, tmp_path):
