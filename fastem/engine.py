@@ -21,7 +21,7 @@ from fastem.initial import CoarseToFine
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
-from fastem.ops.backend import use_backend
+from fastem.ops.backend import Backend, use_backend
 from fastem.samplers import DDPM, KernelEstimator, PhiloxNoise, Renoise, Rule, Sample, sample
 from fastem.schedules import Schedule
 
@@ -97,7 +97,9 @@ class _Picture:
 
 
 def _dtype_of(like: Any) -> np.dtype:
-    return np.dtype(np.uint8) if isinstance(like, Image.Image) else like.dtype
+    if isinstance(like, Image.Image):
+        return np.dtype(np.uint16 if like.mode == "I;16" else np.uint8)
+    return like.dtype.newbyteorder("=")
 
 
 def _quantise(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,13 +115,15 @@ def _picture(image: Any) -> _Picture:
         read = io.read_image(image)
         image, lossy = read.pixels, read.lossy
     if isinstance(image, Image.Image):
-        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        if image.mode in ("RGBA", "LA", "PA"):
+            raise ValueError(f"PIL mode {image.mode} has an alpha channel; restore the colours, put it back after")
+        if image.mode not in ("L", "RGB", "I;16"):
+            image = image.convert("RGB")
         array = np.asarray(image)
     elif isinstance(image, Tensor):
-        array = image.detach().cpu()
-        array = (
-            (array if array.dim() == 2 else array.permute(1, 2, 0)).numpy() if array.dim() in (2, 3) else array.numpy()
-        )
+        if image.dtype == torch.bfloat16:
+            raise ValueError("images are uint8, uint16 or floating point in [0, 1], got bfloat16; use .float()")
+        array = (image.permute(1, 2, 0) if image.dim() == 3 else image).detach().cpu().numpy()
     else:
         array = np.asarray(image)
         image = array
@@ -136,6 +140,8 @@ def _picture(image: Any) -> _Picture:
     y = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32) / np.float32(scale))
     if not bool(torch.isfinite(y).all()):
         raise ValueError("the image holds NaN or infinite values")
+    if float(y.abs().max()) > 8:  # noise and highlights may leave [0, 1], but not by this much
+        raise ValueError(f"floating-point images are in [0, 1], got values up to {float(y.max()):.4g}; divide by 255?")
     y = y[None] if y.dim() == 2 else y.permute(2, 0, 1)
     return _Picture(y.expand(3, -1, -1)[None].contiguous(), image, y.shape[0] == 1, lossy)
 
@@ -184,10 +190,12 @@ class Deblurrer:
         default_steps = {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        size = (kernel_size, kernel_size) if np.ndim(kernel_size) == 0 else tuple(kernel_size)
+        if len(size) != 2:
+            raise ValueError(f"kernel_size is a side or (height, width), got {kernel_size}")
         self.kernel_size = tuple(_positive("kernel_size", s, 513) for s in size)
         self.lam = (0.2 if max(self.kernel_size) >= 48 else 1.0) if lam is None else lam
-        self.tile, self.backend = tile, backend
+        self.tile, self.backend = tile, _choice("backend", backend, Backend)
         self.device = runtime.resolve_device(device)
         self.prior_name = prior if isinstance(prior, (str, Path)) else type(prior).__name__
         self.model: EpsModel = prior if isinstance(prior, EpsModel) else load_model(prior)
@@ -218,7 +226,7 @@ class Deblurrer:
             image: ndarray `(H, W[, C])`, tensor `(C, H, W)`, PIL image or path; uint8, uint16 or float in [0, 1].
             sigma: std of the noise in image units (8-bit 5 is 5 / 255); None estimates it.
             seed: same seed, same restoration.
-            kernel: `(h, w)`, the blur where it is known; it is used as it is.
+            kernel: `(h, w)`, the blur where it is known, >= 0; it is normalised to sum 1.
             lossy: whether the image went through JPEG or the like: compression takes the noise, which the estimate then
                 misses, and leaves errors that deblurring would amplify. Such an estimate is at least 2 grey levels.
                 None: as the file or the PIL image says; arrays and tensors do not.
@@ -234,6 +242,10 @@ class Deblurrer:
             sigma = noise.estimate_sigma(picture.y[0].permute(1, 2, 0).numpy())
         if not 0 <= sigma < math.inf:
             raise ValueError(f"sigma must be a number >= 0 in image units (8-bit 5 is 5 / 255), got {sigma}")
+        if sigma > 1:
+            raise ValueError(f"sigma is in image units, where the image spans [0, 1]; got {sigma}; divide by 255?")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be a 64-bit integer, got {seed}")
         if kernel is None and self.method is Method.KNOWN:
             raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
         used, notes = max(float(sigma), SIGMA_FLOOR), []
@@ -333,7 +345,7 @@ class Deblurrer:
                 if drawn is None:
                     drawn, best = drawn_now, chi2
                 else:
-                    better = (best > CHI2_GOOD) & (chi2 < best)
+                    better = ~(best <= CHI2_GOOD) & ~(chi2 >= best)  # also where the best so far is not finite
                     x = torch.where(better.view(-1, 1, 1, 1, 1), drawn_now.x, drawn.x)
                     k = torch.where(better.view(-1, 1, 1, 1), drawn_now.kernel, drawn.kernel)
                     drawn, best = Sample(x, k), torch.where(better, chi2, best)
@@ -407,12 +419,13 @@ def looks_periodic(y: Tensor) -> bool:
 
 
 def _kernel(kernel: np.ndarray | Tensor) -> Tensor:
-    k = torch.as_tensor(np.asarray(kernel) if not isinstance(kernel, Tensor) else kernel).float().squeeze()
-    if k.dim() != 2 or not bool(torch.isfinite(k).all()) or float(k.sum()) <= 0:
-        raise ValueError(
-            f"a kernel is (h, w), finite and of positive sum, got shape {tuple(k.shape)} and sum {float(k.sum()):.3g}"
-        )
-    return k[None, None]
+    """A given kernel as `(1, 1, h, w)`, normalised to sum 1."""
+    k = torch.as_tensor(kernel if isinstance(kernel, Tensor) else np.asarray(kernel)).float()
+    while k.dim() > 2 and k.shape[0] == 1:
+        k = k[0]
+    if k.dim() != 2 or not bool(torch.isfinite(k).all()) or float(k.min()) < 0 or float(k.sum()) <= 0:
+        raise ValueError(f"a kernel is (h, w), finite, >= 0 and of positive sum, got shape {tuple(k.shape)}")
+    return (k / k.sum())[None, None]
 
 
 def _choice(name: str, value: str, allowed: Any) -> Any:
@@ -423,6 +436,6 @@ def _choice(name: str, value: str, allowed: Any) -> Any:
 
 
 def _positive(name: str, value: int, largest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= largest:
         raise ValueError(f"{name} must be a whole number from 1 to {largest}, got {value!r}")
-    return value
+    return int(value)

@@ -74,7 +74,7 @@ class Schedule:
         """
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"0 < sigma_min < sigma_max is needed, got {sigma_min} and {sigma_max}")
-        ramp = np.linspace(0, 1, num_steps)
+        ramp = np.linspace(0, 1, num_steps) if num_steps > 1 else np.ones(1)  # a single step starts at the noise
         low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
         sigmas = (low + ramp * (high - low)) ** rho  # EDM Eq. (5), ascending
         alphas_cumprod = 1 / (1 + sigmas**2)

@@ -378,7 +378,7 @@ def test_calls_that_cannot_be_answered():
     with pytest.raises(ValueError, match="method 'known' needs the kernel"):
         quick(method="known")(y)
     for kernel in (np.zeros((3, 3)), np.full((3, 3), np.nan), np.ones((2, 3, 3)), -np.ones((3, 3))):
-        with pytest.raises(ValueError, match=r"a kernel is \(h, w\), finite and of positive sum"):
+        with pytest.raises(ValueError, match=r"a kernel is \(h, w\), finite, >= 0 and of positive sum"):
             quick()(y, kernel=kernel)
 
 
@@ -409,3 +409,43 @@ def test_config_is_what_decides():
     assert Deblurrer(natural(), kernel_size=64, device="cpu").lam == 0.2
     assert Deblurrer(natural(), compat="released", device="cpu").guidance == "pigdm"
     assert Deblurrer(GaussianEps(torch.zeros(3, 8, 8), 1.0), device="cpu").config["prior"] == "GaussianEps"
+
+
+# ------------------------------------------------------------------------------- what is refused, and what is kept
+
+
+@pytest.mark.parametrize(
+    "image, call, message",
+    [
+        (np.full((16, 16, 3), 200.0, np.float32), {}, "divide by 255"),
+        (np.zeros((16, 16, 3), np.uint8), {"sigma": 5.0}, "divide by 255"),
+        (np.zeros((16, 16, 3), np.uint8), {"seed": 2**63}, "64-bit"),
+        (torch.zeros(3, 16, 16, dtype=torch.bfloat16), {}, "bfloat16"),
+        (Image.new("RGBA", (16, 16)), {}, "alpha"),
+        (np.zeros((16, 16, 3), np.uint8), {"kernel": -np.ones((3, 3))}, ">= 0"),
+        (np.zeros((16, 16, 3), np.uint8), {"kernel": np.ones(3)}, r"\(h, w\)"),
+    ],
+)
+def test_refused_images_and_calls(image, call, message):
+    with pytest.raises(ValueError, match=message):
+        quick()(image, **{"sigma": 0.02, **call})
+
+
+@pytest.mark.parametrize("option", [{"kernel_size": (3, 3, 3)}, {"backend": "fast"}])
+def test_refused_when_made(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        quick(**option)
+
+
+def test_sixteen_bit_pil_stays_sixteen_bit():
+    array = (edges(16, 20, seed=0)[..., 0] * 65535).astype(np.uint16)
+    r = quick()(Image.fromarray(array), sigma=0.02, kernel=np.ones((1, 3)))
+    assert r.image.mode == "I;16" and np.asarray(r.image).shape == array.shape
+    assert r.kernel.shape == (1, 3) and r.kernel.sum() == pytest.approx(1)
+
+
+def test_a_kernel_is_normalised():
+    y = edges(24, 24, seed=0)
+    k = motion_kernel(5, 0)
+    one, two = (quick()(y, sigma=0.02, kernel=gain * k) for gain in (1, 2))
+    assert np.allclose(one.image, two.image, atol=1e-5) and one.reblur == pytest.approx(two.reblur, rel=1e-3)
