@@ -1,6 +1,6 @@
 # Each target works on a bare Debian or Ubuntu with python3, python3-venv, g++ and make.
 #   make demo       install, restore the photos in examples/, say where the results lie
-#   make test       install with the tools for tests, run the tests
+#   make test       install with the tools for tests, run the tests (on one thread: they are small)
 #   make native     rebuild the extension after a change in csrc/
 #   make cpp-test   build and test the kernels without torch or Python (needs cmake); make asan: under sanitizers
 #   make gpu-test   the tests that need a GPU
@@ -32,7 +32,7 @@ demo: $(VENV)/.native
 	done
 
 test: $(VENV)/.dev $(VENV)/.native
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 gpu-test: $(VENV)/.dev $(VENV)/.native
 	FASTEM_REQUIRE=native,cuda,triton $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_triton.py $(PYTEST_ARGS)
