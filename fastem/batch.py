@@ -143,7 +143,7 @@ def plan_files(
 
 
 def _expand(path: Path) -> Iterator[Path]:
-    """A file as it is; of a folder, its pictures. Nothing is opened."""
+    """A file as it is; of a folder, its pictures, without those fastem wrote beside them. Nothing is opened."""
     if not path.is_dir():
         yield path
         return
@@ -153,8 +153,18 @@ def _expand(path: Path) -> Iterator[Path]:
         raise NoInputError("E_NO_INPUT", f"cannot list {shown(path)}: {error.strerror}") from None
     for name in names:
         entry = path / name
-        if entry.suffix.lower() in io.IMAGE_SUFFIXES and not name.startswith(".") and _is_regular(entry):
+        if entry.suffix.lower() not in io.IMAGE_SUFFIXES or name.startswith(".") or _is_by_product(name, names):
+            continue
+        if _is_regular(entry):
             yield entry
+
+
+BY_PRODUCTS = tuple(s for suffixes in SUFFIXES.values() for s in suffixes if s.endswith(".png") and s != ".png")
+
+
+def _is_by_product(name: str, names: Collection[str]) -> bool:
+    """Whether a file is the kernel, sheet or map of a picture in the same folder: `a.kernel.png` of `a.png`."""
+    return any(name.endswith(suffix) and name.removesuffix(suffix) + ".png" in names for suffix in BY_PRODUCTS)
 
 
 def _is_regular(path: Path) -> bool:

@@ -326,3 +326,10 @@ def test_interruption_of_a_process(photo, prior, tmp_path, number, code):
     assert process.returncode == code and time.monotonic() - start < 10
     assert "Traceback" not in err and err.splitlines()[-1].startswith("fastem: ")
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_degraded_folder_is_restored(fastem, photo, prior, tmp_path):
+    """The README's pipeline: kernels lie beside the blurred pictures and are not taken for pictures."""
+    assert fastem("degrade", photo, "-o", "blurred", "--kernel-size", 9, "--sigma", 2)[0] == 0
+    assert fastem("deblur", "blurred", "-o", "restored", "--prior", prior, *QUICK)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "restored").glob("*.png")) == ["photo.kernel.png", "photo.png"]
