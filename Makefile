@@ -22,7 +22,7 @@ NATIVE_SOURCES := setup.py $(wildcard csrc/cpu/* csrc/torch/* csrc/cuda/* csrc/i
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native
-	$(BIN)/fastem deblur examples/*.jpg -o restored --sigma 2.5 --kernel-size 41 --save image,kernel,sheet,json
+	$(BIN)/fastem deblur examples/*.jpg -o restored --kernel-size 41 --save image,kernel,sheet,json
 	@echo
 	@for photo in examples/*.jpg; do \
 	  name=restored/$$(basename $$photo .jpg); \

@@ -319,11 +319,12 @@ def test_interruption_of_a_process(photo, prior, tmp_path, number, code):
     command += ["--steps", "1000", "--guidance", "dps", "--progress", "json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     first = process.stderr.readline()  # at work by now
-    assert '"event": "step"' in first or "fastem" in first, first
+    assert '"event"' in first, first
     start = time.monotonic()
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == code and time.monotonic() - start < 10
+    assert process.returncode == code, err
+    assert time.monotonic() - start < 10
     assert "Traceback" not in err and err.splitlines()[-1].startswith("fastem: ")
     assert os.listdir(tmp_path / "out") == []
 
