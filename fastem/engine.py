@@ -32,7 +32,7 @@ SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
 INFLATION = 2.0  # of sigma where the kernel is an estimate
 CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the noise, is searched for again
-STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))  # searches, in order
+STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))
 
 
 class Method(StrEnum):
