@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
+    except _Stopped as stopped:
+        code = stopped.code
+        console.tell("interrupted" if code == ExitCode.INTERRUPTED else "terminated", LEFT_BEHIND)
     except BrokenPipeError:  # the reader of our output has gone: be quiet, as every filter is
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ExitCode.PIPE
@@ -75,7 +78,13 @@ def _tell_usage(error: Exception) -> None:
     console.tell("E_USAGE", message, f"See {context.command_path if context else 'fastem'} --help")
 
 
+class _Stopped(SystemExit):
+    """A signal came; `code` is the exit code."""
+
+
 def _stop(number: int, frame: object) -> NoReturn:
-    """Ends the process from where it stands; what is being written is removed on the way out."""
-    console.tell("interrupted" if number == signal.SIGINT else "terminated", LEFT_BEHIND)
-    sys.exit(128 + number)
+    """Ends the process from where it stands; what is being written is removed on the way out.
+
+    Says nothing here: the signal may have come in the middle of a write to the same stream.
+    """
+    raise _Stopped(128 + number)
