@@ -19,7 +19,7 @@ from fastem.schedules import Schedule, Step, time_of_sigma
 
 @dataclass(frozen=True)
 class KernelState:
-    """The kernel in use `(B, 1, h, w)`, and the one to start the next M-step from."""
+    """The kernel in use, `(B, 1, h, w)`; the next M-step starts from it."""
 
     k: Tensor
 

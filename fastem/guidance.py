@@ -65,6 +65,9 @@ class PiGDM:
     compat: str = "paper"
     jacobian = True
 
+    def seen(self, x0_hat: Tensor) -> Tensor:
+        return x0_hat
+
     def r2(self, step: Step, r2: Variance) -> float:
         """r_t^2 in [0, 1] units."""
         if self.compat == "released":
@@ -94,6 +97,10 @@ class DPS:
     compat: str = "paper"
     jacobian = True
 
+    def seen(self, x0_hat: Tensor) -> Tensor:
+        """What is compared with y, and what the M-step gets."""
+        return 2 * x0_hat - 1 if self.compat == "released" else x0_hat
+
     def gain(self, step: Step, r2: Variance) -> float:
         return math.sqrt(step.alpha_bar)  # zeta
 
@@ -115,6 +122,9 @@ class PosteriorMean:
 
     inflation: float = 1.0
     jacobian = False
+
+    def seen(self, x0_hat: Tensor) -> Tensor:
+        return x0_hat
 
     def r2(self, step: Step, r2: Variance) -> float:
         """r_t^2 in [0, 1] units."""

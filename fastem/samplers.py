@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastem import ops
-from fastem.guidance import DPS, Guidance, Variance, default_r2
+from fastem.guidance import Guidance, Variance, default_r2
 from fastem.operators import Observation
 from fastem.schedules import Schedule, Step
 
@@ -125,7 +125,7 @@ def sample(
         eps, pull = evaluate(model, x_t, step, with_vjp=guidance.jacobian)
         with torch.no_grad():
             x0_hat, mask = ops.predict_x0(x_t, eps, step.alpha_bar)  # Eq. (12)
-            seen = 2 * x0_hat - 1 if guidance == DPS("released") else x0_hat  # it compares [-1, 1] with y as given
+            seen = guidance.seen(x0_hat)
             X = torch.fft.rfft2(seen)
             state = estimator.update(state, X, observation, step, r2(step.sigma_t) / 4)
             K = ops.psf_to_otf(state.k, observation.size)
