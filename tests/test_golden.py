@@ -165,6 +165,17 @@ def network():
     return load_model(state_dict(STEPS, "unet"), **_heads())
 
 
+class InDouble(torch.nn.Module):
+    """The same network in float64, for float32 callers: no rounding of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = load_model(state_dict(STEPS, "unet"), **_heads()).double()
+
+    def forward(self, x_t, t):
+        return self.network(x_t.double(), t).to(x_t.dtype)
+
+
 def _heads() -> dict:
     config = next(iter(PARAMS[STEPS]["cases"].values()))["unet_config"]
     return {"num_head_channels": config["num_head_channels"]} if config.get("num_head_channels", -1) > 0 else {}
@@ -177,8 +188,10 @@ def released(sampler: str):
     return blind, PiGDM("released") if sampler.endswith("pigdm") else DPS("released")
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["float32", "exact-network"])
 @pytest.mark.parametrize("case", cases(STEPS))
-def test_reverse_step(case):
+def test_reverse_step(case, exact):
+    model = InDouble() if exact else network()
     params = PARAMS[STEPS]["cases"][case]
     index, schedule = params["index"], Schedule.linear().respace(params["respacing"])
     step = schedule.step(index)
@@ -188,7 +201,7 @@ def test_reverse_step(case):
     estimator, guidance = released(params["sampler"])
     estimator = estimator or Known(get(STEPS, f"{case}/kernel_true"))
 
-    eps, _ = evaluate(network(), x_t[None], step, with_vjp=False)
+    eps, _ = evaluate(model, x_t[None], step, with_vjp=False)
     assert error(eps[0], arrays(STEPS)[f"{case}/eps"]) <= 1e-5
 
     seen = {}
@@ -198,13 +211,15 @@ def test_reverse_step(case):
             return iter([step])
 
     out = sample(
-        network(), observation, estimator, guidance, OneStep(), noise=Recorded(x_t[None], {index: noise[None]}),
+        model, observation, estimator, guidance, OneStep(), noise=Recorded(x_t[None], {index: noise[None]}),
         on_step=lambda step, x0_hat, k: seen.update(x0_hat=x0_hat, k=k),
     )  # fmt: skip
     assert error(2 * seen["x0_hat"][0] - 1, arrays(STEPS)[f"{case}/pred_xstart"]) <= 1e-3
     if f"{case}/kernel_after" in arrays(STEPS):
-        # at t = 999 rounding of eps, times 157, moves the centroid: the recorded float32 run is as far from float64
-        assert error(seen["k"], arrays(STEPS)[f"{case}/kernel_after"]) <= (2e-3 if step.t == 999 else 1e-3)
+        # at t = 999 rounding of eps, times 157, moves the centroid: in float32 the last digit of this machine's
+        # convolutions decides (4e-4 to 1.3e-3 seen, the recording itself is 9e-4 from float64)
+        rounded = step.t == 999 and not exact
+        assert error(seen["k"], arrays(STEPS)[f"{case}/kernel_after"]) <= (2e-3 if rounded else 1e-3)
     assert error(out.x[0], arrays(STEPS)[f"{case}/x_prev"]) <= 1e-3
 
 
