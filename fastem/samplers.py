@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastem import ops
+from fastem import ops, ranges
 from fastem.guidance import Guidance, Variance, default_r2
 from fastem.operators import Observation
 from fastem.schedules import Schedule, Step
@@ -121,24 +121,30 @@ def sample(
     """
     x_t = noise.start() if x_start is None else x_start
     state = estimator.start(observation)
-    for step in schedule.reverse():
-        eps, pull = evaluate(model, x_t, step, with_vjp=guidance.jacobian)
+    for step in ranges.each(ranges.STEP, schedule.reverse()):
+        with ranges.stage("unet_fwd"):
+            eps, pull = evaluate(model, x_t, step, with_vjp=guidance.jacobian)
         with torch.no_grad():
-            x0_hat, mask = ops.predict_x0(x_t, eps, step.alpha_bar)  # Eq. (12)
-            seen = guidance.seen(x0_hat)
-            X = torch.fft.rfft2(seen)
-            state = estimator.update(state, X, observation, step, r2(step.sigma_t) / 4)
-            K = ops.psf_to_otf(state.k, observation.size)
+            with ranges.stage("x0"):
+                x0_hat, mask = ops.predict_x0(x_t, eps, step.alpha_bar)  # Eq. (12)
+                X = torch.fft.rfft2(guidance.seen(x0_hat))
+            with ranges.stage("mstep"):
+                state = estimator.update(state, X, observation, step, r2(step.sigma_t) / 4)
             c0, ct, std = rule.coefficients(step)
-            xi = noise.step(step.index) if std else x_t
-            if guidance.jacobian:
-                v = guidance.direction(X, K, observation, step, r2)
-                gain = guidance.gain(step, r2)
-                g = pull(v * mask) if gain else None
-                x_t = ops.step_update(x_t, x0_hat, xi, g, c0, ct, std, gain)  # Eq. (15)
-            else:
-                mu = torch.fft.irfft2(guidance.mean(X, K, observation, step, r2), s=observation.size)
-                x_t = ops.step_update(x_t, mu, xi, None, c0, ct, std, 0.0)
+            x0, g, gain = x0_hat, None, 0.0
+            with ranges.stage("guidance"):
+                K = ops.psf_to_otf(state.k, observation.size)
+                if guidance.jacobian:
+                    v = guidance.direction(X, K, observation, step, r2) * mask
+                    gain = guidance.gain(step, r2)
+                else:
+                    x0 = torch.fft.irfft2(guidance.mean(X, K, observation, step, r2), s=observation.size)
+            if gain:
+                with ranges.stage("unet_vjp"):
+                    g = pull(v)
+            with ranges.stage("update"):
+                xi = noise.step(step.index) if std else x_t
+                x_t = ops.step_update(x_t, x0, xi, g, c0, ct, std, gain)  # Eq. (15)
         if on_step is not None:
             on_step(step, x0_hat, state.k)
     return Sample(x_t, state.k)
