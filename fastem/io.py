@@ -16,7 +16,7 @@ import struct
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -640,6 +640,16 @@ def kernel_picture(kernel: np.ndarray, zoom: int) -> np.ndarray:
     """`(h zoom, w zoom)` uint8, the peak at 255."""
     scaled = (kernel / max(float(kernel.max()), 1e-30) * 255).round().clip(0, 255).astype(np.uint8)
     return scaled.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def mosaic(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:
+    """Pictures of one size, `(h, w)` uint8 each, in rows of `columns` on a mid-grey ground `gap` pixels wide."""
+    (h, w), rows = pictures[0].shape, -(-len(pictures) // columns)
+    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap), 128, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        sheet[top : top + h, left : left + w] = picture
+    return sheet
 
 
 # ------------------------------------------------------------------------------------------------------------ training

@@ -1,4 +1,5 @@
-"""Synthetic blur: kernels of camera shake and of the classical families, and the degradation `y = k (*) x + noise`.
+"""Synthetic blur: kernels of camera shake and of the classical families, the degradation `y = k (*) x + noise`, and the
+tilt of turbulent air.
 
 A kernel is the time a point spends at each pixel of the sensor. Every family below draws a path with a
 `numpy.random.Generator`; one renderer centres the path by its own mean and splats it bilinearly. Bilinear weights keep
@@ -6,7 +7,7 @@ the mean of the path, so a kernel is centred without being resampled.
 
 Sources: tremor bands of hand-held cameras in the manner of Gavant et al., IEEE Sensors 2011 (our parameters, not
 theirs); Borodenko's random walk, as used by BlindDPS (Chung et al., CVPR 2023); Boracchi and Foi, IEEE TIP 2012;
-Gaussian-process paths of Schuler et al., PAMI 2016.
+Gaussian-process paths of Schuler et al., PAMI 2016. Tilt fields of random patches, as in BlindDPS.
 """
 
 from __future__ import annotations
@@ -312,6 +313,118 @@ def degrade(
     if sigma:
         y = y + sigma * np.random.Generator(np.random.PCG64(seed)).standard_normal(y.shape)
     return restore(y.astype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------- turbulence
+
+
+def tilt_field(
+    size: int | tuple[int, int], seed: int, *, num_patches: int | None = None, half: int = 32,
+    strength: tuple[float, float] = (0.1, 0.4), blur: float = 1.0, limit: float = 2.5,
+) -> np.ndarray:  # fmt: skip
+    """How far turbulent air shifts each pixel of a picture: a sum of patches of smoothed white noise at random places.
+
+    Patches of `2 half` pixels lie wholly inside the field. Where it is covered by n of them on average, each component
+    has the variance `n E[S^2] G^2`, S uniform in `strength` and `G^2 = sum g^2` of the smoothing Gaussian g (0.0796 for
+    `blur` 1). By default n = 55 in the middle (std 0.55 pixels), whatever the size, as of 500 patches on 256 x 256;
+    within `2 half` of a border n falls linearly to nearly nothing. See `tilt_std`.
+
+    Args:
+        size: side of the field or `(H, W)`, in pixels, >= `2 half`.
+        seed: a non-negative integer; the same for the same arguments.
+        num_patches: how many; None keeps their density.
+        half: half the side of a patch, pixels.
+        strength: range of the factor S of a patch.
+        blur: std of the Gaussian in pixels, cut off at 3 std. The noise is zero outside its patch.
+        limit: shifts are clipped to this many pixels.
+
+    Returns:
+        `(2, H, W)` float32, pixels: the shift to the right and down of the point that a pixel shows; see `apply_tilt`.
+
+    Raises:
+        ValueError: if the size is less than a patch, or a number is not positive.
+
+    Source: Chung et al., CVPR 2023 (BlindDPS), after Chimitt and Chan 2020; patches of 64 pixels, smoothed, summed.
+    """
+    (height, width), num_patches = _tilt_layout(size, num_patches, half)
+    if not (0 <= strength[0] <= strength[1] and blur > 0 and limit > 0):
+        raise ValueError(f"strength is a range >= 0, blur and limit are > 0; got {strength}, {blur}, {limit}")
+    rng = np.random.Generator(np.random.PCG64(seed))
+    side, smooth = 2 * half, _smoothing(2 * half, blur)
+    field = np.zeros((2, height, width))
+    for start in range(0, num_patches, 64):  # at a time: a large field has many
+        count = min(64, num_patches - start)
+        tops, lefts = (rng.integers(0, extent - side + 1, count) for extent in (height, width))
+        patches = smooth @ rng.standard_normal((count, 2, side, side)) @ smooth
+        patches *= rng.uniform(*strength, (count, 1, 1, 1))
+        for top, left, patch in zip(tops, lefts, patches, strict=True):
+            field[:, top : top + side, left : left + side] += patch
+    return field.clip(-limit, limit).astype(np.float32)
+
+
+def tilt_std(
+    size: int | tuple[int, int], *, num_patches: int | None = None, half: int = 32,
+    strength: tuple[float, float] = (0.1, 0.4), blur: float = 1.0,
+) -> np.ndarray:  # fmt: skip
+    """`(H, W)` float64: std of each component of `tilt_field` at each pixel, pixels, before clipping.
+
+    Exact: the probability that a patch covers a pixel, times its variance there, which the zeros outside the patch
+    lower at its border.
+    """
+    sides, num_patches = _tilt_layout(size, num_patches, half)
+    inside = (_smoothing(2 * half, blur) ** 2).sum(1)  # variance within a patch, along one axis
+    covered = [np.convolve(np.ones(side - 2 * half + 1), inside) / (side - 2 * half + 1) for side in sides]
+    low, high = strength
+    return np.sqrt(num_patches * (low**2 + low * high + high**2) / 3 * np.outer(*covered))
+
+
+def _tilt_layout(size: int | tuple[int, int], num_patches: int | None, half: int) -> tuple[tuple[int, int], int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if half < 1 or min(height, width) < 2 * half:
+        raise ValueError(f"a tilt field is at least as large as its patches of {2 * half}, got {height} x {width}")
+    if num_patches is None:  # 500 on 256 x 256, where patches of 64 have 193 x 193 places
+        places = (height - 2 * half + 1) * (width - 2 * half + 1)
+        num_patches = max(1, round(500 * places / 193**2 * (32 / half) ** 2))
+    if num_patches < 1:
+        raise ValueError(f"a tilt field has at least 1 patch, got {num_patches}")
+    return (height, width), num_patches
+
+
+def _smoothing(count: int, std: float) -> np.ndarray:
+    """`(count, count)`, symmetric: a Gaussian filter of `count` values, cut off at 3 std, with zeros outside."""
+    radius = math.ceil(3 * std)
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
+    offset = np.subtract.outer(np.arange(count), np.arange(count)) + radius
+    return np.where((offset >= 0) & (offset <= 2 * radius), (taps / taps.sum())[offset.clip(0, 2 * radius)], 0)
+
+
+def apply_tilt(image: Tensor, tilt: Tensor) -> Tensor:
+    """The image as seen through a tilt field: pixel `(r, c)` shows the point `(r + tilt_1, c + tilt_0)`, bilinearly.
+
+    Args:
+        image: `(B, C, H, W)`, any range.
+        tilt: `(B, 2, H, W)` or `(1, 2, H, W)`, pixels, as of `tilt_field`.
+
+    Returns:
+        `(B, C, H, W)`; zero where the point lies outside. Differentiable in both; neither is changed.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if image.dim() != 4 or tilt.dim() != 4 or tilt.shape[1:] != (2, *image.shape[2:]):
+        raise ValueError(
+            f"tilt is (B, 2, H, W) for an image (B, C, H, W), got {tuple(tilt.shape)} for {tuple(image.shape)}"
+        )
+    height, width = image.shape[-2:]
+    rows = torch.arange(height, dtype=tilt.dtype, device=tilt.device)[:, None] + tilt[:, 1]
+    cols = torch.arange(width, dtype=tilt.dtype, device=tilt.device) + tilt[:, 0]
+    # align_corners=True: -1 and 1 are the centres of the first and the last pixel
+    grid = torch.stack([2 * cols / max(width - 1, 1) - 1, 2 * rows / max(height - 1, 1) - 1], dim=-1)
+    grid = grid.to(image.dtype).expand(len(image), -1, -1, -1)
+    return torch.nn.functional.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+# --------------------------------------------------------------------------------------------------- checks
 
 
 def _channels_first(image: np.ndarray | Tensor) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray | Tensor]]:

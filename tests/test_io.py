@@ -28,6 +28,7 @@ from fastem.io import (
     iter_training_images,
     kernel_zoom,
     load_kernel,
+    mosaic,
     read_image,
     resize,
     save_kernel_png,
@@ -559,3 +560,11 @@ def test_names_are_shown_on_one_line():
 def test_lossy_files_are_known(tmp_path, name, options, lossy):
     Image.effect_noise((24, 16), 40).convert("RGB").save(tmp_path / name, **options)
     assert read_image(tmp_path / name).lossy is lossy
+
+
+def test_mosaic_places_pictures_in_rows():
+    pictures = [np.full((2, 3), value, np.uint8) for value in (10, 20, 30)]
+    sheet = mosaic(pictures, columns=2, gap=1)
+    assert sheet.shape == (5, 7)
+    assert (sheet[:2, :3] == 10).all() and (sheet[:2, 4:] == 20).all() and (sheet[3:, :3] == 30).all()
+    assert (sheet[2] == 128).all() and (sheet[:, 3] == 128).all() and (sheet[3:, 4:] == 128).all()

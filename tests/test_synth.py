@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastem.synth import FAMILIES, degrade, motion_kernel, pad_kernel
+from fastem.synth import FAMILIES, apply_tilt, degrade, motion_kernel, pad_kernel, tilt_field, tilt_std
 
 ELONGATION = {"shake": 2.5, "randomwalk": 4, "boracchi": 1.2, "gp": 1.8, "line": 4}  # least median length over width
 
@@ -188,3 +188,60 @@ def test_other_kinds_of_image_are_refused():
         degrade(np.zeros((4, 4), int), np.ones((1, 1)), 0, 0)
     with pytest.raises(ValueError, match="boundary must be"):
         degrade(np.zeros((4, 4)), np.ones((1, 1)), 0, 0, "same")
+
+
+# -------------------------------------------------------------------------------------------------- turbulence
+
+
+def test_tilt_has_the_std_it_says_in_the_middle_and_at_the_border():
+    fields = np.stack([tilt_field((56, 40), seed, half=8) for seed in range(200)]).reshape(-1, 56, 40)
+    expected, measured = tilt_std((56, 40), half=8), np.sqrt((fields.astype(float) ** 2).mean(0))
+    assert expected[28, 20] == pytest.approx(0.54, abs=0.01)
+    assert expected[0, 0] < 0.06 * expected[28, 20] and expected[0, 20] < 0.25 * expected[28, 20]  # falls to the corner
+    for area in (np.s_[20:36, 16:24], np.s_[:1, 12:28], np.s_[-1:, 12:28], np.s_[16:40, :2], np.s_[4:8, 4:8]):
+        rms = [np.sqrt((m[area] ** 2).mean()) for m in (measured, expected)]
+        assert rms[0] == pytest.approx(rms[1], rel=0.08)
+    assert abs(fields.mean()) < 0.01
+
+
+def test_tilt_of_the_published_setting():
+    """500 patches on 256 x 256: std 0.41 over the whole field, 0.55 in the middle, clipped at 2.5."""
+    std = tilt_std(256)
+    assert np.sqrt((std**2).mean()) == pytest.approx(0.4145, abs=5e-4)
+    assert std[128, 128] == pytest.approx(0.55, abs=1e-3)
+    assert np.array_equal(std, tilt_std(256, num_patches=500))
+    field = tilt_field(256, 0)
+    assert field.shape == (2, 256, 256) and field.dtype == np.float32 and abs(field).max() <= 2.5
+    assert field.std() == pytest.approx(0.4145, rel=0.05)
+    assert np.array_equal(field, tilt_field(256, 0)) and not np.array_equal(field, tilt_field(256, 1))
+
+
+@pytest.mark.parametrize(
+    "options", [{"half": 40}, {"num_patches": 0}, {"blur": 0}, {"limit": -1}, {"strength": (2, 1)}], ids=str
+)
+def test_impossible_tilt_is_refused(options):
+    with pytest.raises(ValueError, match="tilt field|strength"):
+        tilt_field(64, 0, **options)
+
+
+def test_tilt_shows_the_point_it_says():
+    """A whole-pixel tilt is a shift with zeros outside; half a pixel is the mean of two; any shape, nothing changed."""
+    image = torch.rand(2, 3, 6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tilt = torch.zeros(1, 2, 6, 9, dtype=torch.float64)
+    torch.testing.assert_close(apply_tilt(image, tilt), image)
+    tilt[:, 0], tilt[:, 1] = 2, -1
+    before = tilt.clone()
+    expected = torch.zeros_like(image)
+    expected[:, :, 1:, :-2] = image[:, :, :-1, 2:]
+    torch.testing.assert_close(apply_tilt(image, tilt), expected)
+    assert torch.equal(tilt, before)
+    tilt[:, 0], tilt[:, 1] = 0.5, 0
+    torch.testing.assert_close(apply_tilt(image, tilt)[..., :-1], (image[..., 1:] + image[..., :-1]) / 2)
+    with pytest.raises(ValueError, match=r"got \(1, 2, 6, 8\)"):
+        apply_tilt(image, tilt[..., :-1])
+
+
+def test_tilt_has_a_gradient():
+    tilt = torch.full((1, 2, 4, 4), 0.3, dtype=torch.float64, requires_grad=True)
+    image = torch.rand(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(apply_tilt, (image, tilt))
