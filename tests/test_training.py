@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from fastem.models import load_kernel_denoiser, load_model
-from fastem.models.kernel_denoiser import KernelDenoiserConfig
+from fastem.models.kernel_denoiser import FDnCNN, KernelDenoiserConfig
 from fastem.models.natural import NaturalConfig
 from fastem.ops import reference
 from fastem.synth import motion_kernel
@@ -19,14 +19,21 @@ from fastem.training.kernel_denoiser import (
     HIGHEST,
     LOWEST,
     KernelPool,
+    clean_change,
     estimation_errors,
     perturb,
     sample_noise_std,
+    told_level,
 )
 
 QUICK = TrainConfig(minutes=5, cooldown=0, batch_size=4, patch=16, warmup=2, ema_halflife=3, max_steps=4)
 TINY_PRIOR = NaturalConfig(widths=(8, 8), num_blocks=1, embedding=8)
 TINY_CHAIN = KernelDenoiserConfig(width=4, num_layers=3)
+
+
+@pytest.fixture(autouse=True)
+def quick_card(monkeypatch):
+    monkeypatch.setattr("fastem.training.kernel_denoiser.MEASURED", [(17, 3.16e-3)])
 
 
 @pytest.fixture
@@ -212,6 +219,41 @@ def test_estimation_noise_has_the_spectrum_of_least_squares():
         assert neighbours.abs().median() > 0.1
     white = torch.randn(k.shape, generator=torch.Generator().manual_seed(0))
     assert (white[..., 1:] * white[..., :-1]).mean(dim=(1, 2, 3)).abs().median() < 0.05
+
+
+def test_levels_told_are_the_truth_or_more():
+    std = torch.full((4000,), 1e-3)
+    told = told_level(std, torch.Generator().manual_seed(0)) / std
+    assert told.min() >= 1 and 5 < told.max() <= 10
+    assert 0.55 < (told == 1).float().mean() < 0.65
+
+
+def test_kernel_training_starts_from_given_weights(tmp_path):
+    """With hardly any step the result is the bundled network; a resumed run keeps its own weights."""
+    bundled = load_kernel_denoiser("kernel")
+    config = replace(QUICK, max_steps=1, lr=1e-9)
+    model = train_kernel_denoiser(tmp_path / "a", config, num_kernels=12, init="kernel")
+    for name, weight in bundled.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, atol=1e-6, rtol=0)
+    assert model.config == bundled.config
+    train_kernel_denoiser(tmp_path / "b", config, num_kernels=12)
+    kept = train_kernel_denoiser(tmp_path / "b", config, num_kernels=12, init="kernel")
+    assert not torch.allclose(kept.model[0].weight, bundled.model[0].weight, atol=1e-3)
+    torch.save(FDnCNN().state_dict(), tmp_path / "published.pt")
+    with pytest.raises(ValueError, match="has biases"):
+        train_kernel_denoiser(tmp_path / "c", config, num_kernels=12, init=tmp_path / "published.pt")
+
+
+def test_clean_kernels_teach_the_network_to_leave_them_alone(tmp_path, monkeypatch):
+    """Against the same run without them; levels are those of M-steps."""
+    k = torch.from_numpy(np.stack([motion_kernel(33, s) for s in range(8)]))[:, None]
+    config = replace(QUICK, max_steps=40, batch_size=8, lr=2e-3, ema_halflife=10)
+    changes = []
+    for share in (0.2, 0.0):
+        monkeypatch.setattr("fastem.training.kernel_denoiser.CLEAN", share)
+        model = train_kernel_denoiser(tmp_path / f"{share}", config, num_kernels=60, init="kernel")
+        changes.append(clean_change(model, k, 3.16e-3).mean().item())
+    assert changes[0] < 0.7 * changes[1]
 
 
 def test_kernel_training_writes_loadable_weights_and_lowers_the_loss(tmp_path):

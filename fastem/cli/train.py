@@ -60,6 +60,9 @@ def kernel_denoiser(
     out: Out = Path("run-kernel-denoiser"),
     minutes: Minutes = None,
     cooldown: Cooldown = None,
+    init: Annotated[
+        str | None, typer.Option(help="weights a fresh run starts from: a bundled name, or a file", show_default="none")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     progress: console.ProgressOption = "auto",
@@ -71,7 +74,7 @@ def kernel_denoiser(
 
     config = replace(_timed(DEFAULTS, minutes, cooldown), seed=seed)
     with _running(config.minutes, progress) as (report, stop), console.options_checked():
-        train_kernel_denoiser(out, config, device=_device(device), report=report, stop=stop)
+        train_kernel_denoiser(out, config, device=_device(device), init=init, report=report, stop=stop)
     print(out / "kernel.safetensors")
 
 

@@ -2,6 +2,9 @@
 
 The network sees synthetic kernels under white noise, under the coloured noise of least-squares estimates, and under
 the errors of whole M-steps made with wrong images; some with their negative values cut off, as the M-step loop does.
+The division by the sum that follows there needs no example: without biases the network is homogeneous. Some kernels
+carry less noise than the network is told, or none: the loop calls it again on what it has just cleaned, and a clean
+kernel is to be left alone at any level.
 """
 
 from __future__ import annotations
@@ -17,15 +20,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastem.models.kernel_denoiser import KernelDenoiser, KernelDenoiserConfig, save_kernel_denoiser
+from fastem.models.kernel_denoiser import (
+    KernelDenoiser,
+    KernelDenoiserConfig,
+    load_kernel_denoiser,
+    save_kernel_denoiser,
+)
 from fastem.ops import reference as spec
 from fastem.synth import motion_kernel
 from fastem.training.core import BandBalance, TrainConfig, Trainer
 
 LOWEST, HIGHEST = 3e-5, 3e-2  # noise std in training; 3.16e-3 and 1.4e-3 are those of the published M-steps
 FIRST_SEED = 2**32  # of the training kernels: smaller seeds are never trained on
-FAMILIES = {"shake": 0.6, "boracchi": 0.1, "gp": 0.15, "line": 0.05, "gaussian": 0.05, "defocus": 0.03, "delta": 0.02}
-SIZES = {17: 0.06, 25: 0.1, 33: 0.6, 41: 0.08, 49: 0.08, 65: 0.08}
+FAMILIES = {"shake": 0.53, "boracchi": 0.1, "gp": 0.15, "line": 0.05, "gaussian": 0.08, "defocus": 0.07, "delta": 0.02}
+SIZES = {17: 0.1, 25: 0.12, 33: 0.5, 41: 0.08, 49: 0.08, 65: 0.12}
+CLEAN = 0.2  # share of kernels without noise, whatever the level the network is told
+HIGHEST_TOLD = 5e-3  # that level at most: above it, wide kernels drown
+TOLERANCE = 0.005  # relative change of a clean kernel that counts as much as the noise counts elsewhere
+MEASURED = [(17, 3.16e-3), (25, 3.16e-3), (33, 1e-3), (33, 3.16e-3), (33, 1e-2)]  # size and level, for the model card
+MEASURED += [(49, 3.16e-3), (64, 1.41e-3), (65, 3.16e-3)]
 
 DEFAULTS = TrainConfig(minutes=12.0, cooldown=5.0, batch_size=32, patch=33, lr=2e-3, warmup=200, ema_halflife=500.0)
 
@@ -92,6 +105,15 @@ def perturb(k: Tensor, noise_std: Tensor, generator: torch.Generator) -> tuple[T
     return noisy, (noisy - k).square().mean(dim=(1, 2, 3)).sqrt()
 
 
+def told_level(noise_std: Tensor, generator: torch.Generator) -> Tensor:
+    """`(B,)`: the level that goes with noise of this std: six in ten the truth, the others up to ten times as much.
+
+    An M-step tells its denoiser one level, sqrt(lam / beta), however small its error has become.
+    """
+    u, pick = (torch.rand(noise_std.shape, generator=generator, device=noise_std.device) for _ in range(2))
+    return torch.where(pick < 0.6, noise_std, noise_std * 10**u)
+
+
 def estimation_errors(k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Errors of Eq. (24) on random images twice the size of the kernel, up to scale: its noise alone, and all of it.
 
@@ -134,25 +156,35 @@ def train_kernel_denoiser(
     network: KernelDenoiserConfig = KernelDenoiserConfig(),  # noqa: B008  (frozen)
     device: str = "cpu",
     num_kernels: int = 20_000,
+    init: str | Path | None = None,
     report: Callable[[dict], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> KernelDenoiser:
     """Trains (or resumes) a kernel denoiser on synthetic kernels; `config.patch` is not used.
 
     Writes `out/training.pt` (resume state), `out/log.jsonl` and `out/kernel.safetensors`, and returns the model with
-    averaged weights; also where `stop()`, asked before each step, ends it early.
+    averaged weights; also where `stop()`, asked before each step, ends it early. A fresh run starts from the weights
+    `init` (a bundled name or a file) where they are given; their network takes the place of `network`.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    model = KernelDenoiser(network).to(memory_format=torch.channels_last)
-    trainer = Trainer(model, config, out / "training.pt", device, balance=BandBalance(device, LOWEST, HIGHEST))
+    model = KernelDenoiser(network) if init is None else _initial(init)
+    # Clean kernels have noise bands of their own, the second half of the scale.
+    balance = BandBalance(device, LOWEST, HIGHEST**2 / LOWEST)
+    model = model.to(memory_format=torch.channels_last)
+    trainer = Trainer(model, config, out / "training.pt", device, balance=balance)
     pool = KernelPool(num_kernels, device)
 
     def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
         clean = pool.sample(config.batch_size, generator)
-        noisy, noise_std = perturb(clean, sample_noise_std(len(clean), generator), generator)
-        error = (model(noisy, noise_std) - clean).square().mean(dim=(1, 2, 3))
-        return balance(error / noise_std**2, noise_std)
+        level = sample_noise_std(len(clean), generator)
+        noisy, noise_std = perturb(clean, level, generator)
+        is_clean = torch.rand(len(clean), generator=generator, device=clean.device) < CLEAN
+        noisy = torch.where(is_clean[:, None, None, None], clean, noisy)
+        told = torch.where(is_clean, level.clamp(max=HIGHEST_TOLD), told_level(noise_std, generator))
+        error = (model(noisy, told) - clean).square().mean(dim=(1, 2, 3))
+        allowed = torch.where(is_clean, TOLERANCE**2 * clean.square().mean(dim=(1, 2, 3)), noise_std**2)
+        return balance(error / allowed, torch.where(is_clean, told * (HIGHEST / LOWEST), noise_std))
 
     for record in trainer.run(loss_of, stop):
         report(record)
@@ -165,15 +197,22 @@ def train_kernel_denoiser(
     return model
 
 
+def _initial(source: str | Path) -> KernelDenoiser:
+    """The network to start from, free to learn."""
+    model = load_kernel_denoiser(source)
+    if not isinstance(model, KernelDenoiser):
+        raise ValueError(f"{source} has biases: training starts from a bias-free KernelDenoiser only")
+    return model.train().requires_grad_(True)
+
+
 def model_card(trainer: Trainer, model: KernelDenoiser) -> dict:
     """Data, licence, recipe and measured quality, as stored with the weights."""
-    gains = {}
-    for size, noise_std in ((33, 1e-3), (33, 3.16e-3), (33, 1e-2), (64, 1.41e-3)):
-        gain = denoising_gain(model, _held_out(size).to(trainer.device), noise_std)
-        gains[f"{size}x{size} at {noise_std:g}"] = {
-            "mean": round(gain.mean().item(), 2),
-            "min": round(gain.min().item(), 2),
-        }
+    gains, changes = {}, {}
+    for size, noise_std in MEASURED:
+        held_out, name = _held_out(size).to(trainer.device), f"{size}x{size} at {noise_std:g}"
+        gain, change = denoising_gain(model, held_out, noise_std), clean_change(model, held_out, noise_std)
+        gains[name] = {"mean": round(gain.mean().item(), 2), "min": round(gain.min().item(), 2)}
+        changes[name] = {"mean": round(change.mean().item(), 4), "max": round(change.max().item(), 4)}
     return {
         "what": "denoiser of blur kernels that sum to 1, any size; bias-free",
         "data": "synthetic kernels of fastem.synth, families and shares " + json.dumps(FAMILIES) + "; no photographs",
@@ -185,6 +224,7 @@ def model_card(trainer: Trainer, model: KernelDenoiser) -> dict:
             "noise_std": [LOWEST, HIGHEST],
         },
         "gain_db_over_white_noise": gains,  # held-out kernels of the family "shake"
+        "change_of_clean_kernels": changes,  # ||D(k, level) - k|| / ||k||, of the same kernels
     }
 
 
@@ -200,3 +240,10 @@ def denoising_gain(model: nn.Module, kernels: Tensor, noise_std: float, seed: in
     noise = noise_std * torch.randn(kernels.shape, generator=generator).to(kernels.device)
     error = (model(kernels + noise, noise_std) - kernels).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(noise.square().mean(dim=(1, 2, 3)) / error)
+
+
+@torch.no_grad()
+def clean_change(model: nn.Module, kernels: Tensor, noise_std: float) -> Tensor:
+    """`(B,)`: what the network does to clean kernels `(B, 1, h, w)` told this level, `||D(k) - k|| / ||k||`."""
+    difference = model(kernels, noise_std) - kernels
+    return difference.flatten(1).norm(dim=1) / kernels.flatten(1).norm(dim=1)
