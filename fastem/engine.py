@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastem import io, noise, runtime
-from fastem.em import HQS, EdgeEM, Known, denoise_observation, diffusion_em
+from fastem import io, noise, photo, runtime
+from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em
 from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, default_r2, noise_r2
 from fastem.initial import CoarseToFine
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
@@ -32,6 +32,8 @@ SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
 INFLATION = 2.0  # of sigma where the kernel is an estimate
 CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the noise, is searched for again
+SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
+DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens edges
 STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))
 
 
@@ -159,6 +161,7 @@ class Deblurrer:
         compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
         m_step: `"edges"` (the default, from a coarse-to-fine start) or `"hqs"`, Eq. (22)-(25) from a delta.
         r2_term: Appendix D's r_t^2 term in the HQS M-step.
+        guard: images that show no blur are denoised only and come back with a delta kernel; M-step `"edges"` only.
         kernel_prior: the kernel denoiser of the HQS M-step, a bundled name, file or module.
         lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
         boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
@@ -174,7 +177,7 @@ class Deblurrer:
     def __init__(
         self, prior: Any = "natural", *, method: str = "fast-em", guidance: str | None = None, steps: int | None = None,
         particles: int = 1, kernel_size: int | tuple[int, int] = 33, compat: str = "paper",
-        kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False,
+        kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False, guard: bool = True,
         lam: float | None = None, boundary: str = "auto", tile: int | None = None,
         device: str = "auto", backend: str = "auto",
     ) -> None:  # fmt: skip
@@ -186,7 +189,9 @@ class Deblurrer:
         self.m_step = _choice("m_step", m_step or ("hqs" if released else "edges"), ("edges", "hqs"))
         if released and self.m_step != "hqs":
             raise ValueError("compat 'released' has the M-step 'hqs' only; leave m_step out, or choose compat 'paper'")
-        self.r2_term = r2_term
+        if r2_term and self.m_step != "hqs":
+            raise ValueError("r2_term belongs to the M-step 'hqs'; add m_step 'hqs', or leave r2_term out")
+        self.r2_term, self.guard = r2_term, guard
         default_steps = {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
@@ -212,7 +217,7 @@ class Deblurrer:
             "prior": str(self.prior_name), "prior_sha256": self.model.sha256, "method": str(self.method),
             "guidance": str(self.guidance), "steps": self.steps, "particles": self.particles,
             "kernel_size": list(self.kernel_size), "compat": self.compat, "m_step": self.m_step,
-            "r2_term": self.r2_term, "lam": self.lam, "boundary": self.boundary,
+            "r2_term": self.r2_term, "guard": self.guard, "lam": self.lam, "boundary": self.boundary,
             "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
         }  # fmt: skip
 
@@ -267,7 +272,9 @@ class Deblurrer:
         k = drawn.kernel.clamp(min=0)
         k = k / k.sum()
         chi2 = float(reblur_chi2(drawn, picture.y.to(self.device), canvas, torch.tensor([used], device=self.device)))
-        if not 0.5 < chi2 < 2:
+        if kernel is None and float(k.max()) == 1:
+            notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
+        elif not 0.5 < chi2 < 2:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         return Restoration(
             picture.back(samples[0]), k[0, 0].cpu().numpy(), samples.permute(0, 2, 3, 1).cpu().numpy(), used, estimated,
@@ -338,6 +345,10 @@ class Deblurrer:
                 return draw(HQS(prior, ksize, compat=self.compat, r2_ridge=self.r2_term)), canvas, trace
             drawn = None
             window, denoised = self._kernel_window(y, observation, ksize)
+            widths = self._edge_widths(window, denoised)
+            sharp = widths < SHARP_WIDTH
+            if bool(sharp.all()):
+                return self._denoised(model, observation, ksize), canvas, trace
             for search in STARTS:  # each image keeps its first good answer, or the best of all
                 k_start = search(denoised, ksize, window.canvas)
                 drawn_now = draw(EdgeEM(k_start, inflation=INFLATION))
@@ -352,7 +363,27 @@ class Deblurrer:
                 if bool((best <= CHI2_GOOD).all()) or y[0].numel() > SEARCH_AGAIN:
                     break
                 total += len(schedule)
+            least, offset, slope = DOUBTFUL_WIDTH
+            sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_GOOD)
+            if bool(sharp.any()):
+                plain = self._denoised(model, observation, ksize)
+                x = torch.where(sharp.view(-1, 1, 1, 1, 1), plain.x, drawn.x)
+                drawn = Sample(x, torch.where(sharp.view(-1, 1, 1, 1), plain.kernel, drawn.kernel))
         return drawn, canvas, trace
+
+    def _edge_widths(self, window: Observation, denoised: Tensor) -> Tensor:
+        """`fastem.photo.edge_width` of each image, `(B,)`; infinite, as if blurred, where nobody asks."""
+        widths = [math.inf] * len(denoised)
+        if self.guard:
+            crop = (lambda x: x) if window.canvas is None else window.canvas.crop
+            levels = window.sigma.tolist()
+            widths = [photo.edge_width(crop(x), s) for x, s in zip(denoised, levels, strict=True)]
+        return torch.tensor(widths, device=denoised.device)
+
+    def _denoised(self, model: torch.nn.Module, observation: Observation, ksize: tuple[int, int]) -> Sample:
+        """Images without their noise, as if drawn with no blur; all particles are alike."""
+        x = (2 * denoise_observation(model, observation) - 1)[:, None].expand(-1, self.particles, -1, -1, -1)
+        return Sample(x.contiguous(), delta_kernel(len(x), ksize).to(x))
 
     def _kernel_window(self, y: Tensor, observation: Observation, ksize: tuple[int, int]) -> tuple[Observation, Tensor]:
         """What the first kernel is searched on, the image or the busiest window of a large one; and it denoised."""

@@ -105,6 +105,12 @@ def test_known_kernel(fastem, photo, prior, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "out" / "photo.kernel.npy"), kernel / 2, atol=1e-6)
 
 
+def test_the_m_step_of_the_paper(fastem, photo, prior, tmp_path):
+    code, _, _ = fastem("deblur", photo, "-o", "out", "--prior", prior, *QUICK, "--m-step", "hqs", "--r2-term")
+    config = json.loads((tmp_path / "out" / "photo.json").read_text())["config"]
+    assert code == 0 and config["m_step"] == "hqs" and config["r2_term"] is True
+
+
 def test_one_bad_picture_does_not_stop_the_others(fastem, photo, prior, tmp_path):
     (photo.parent / "broken.png").write_bytes(photo.read_bytes()[:300])
     (photo.parent / "new\nline.png").write_bytes(b"")
@@ -204,6 +210,8 @@ def test_interrupted_training_says_how_to_go_on(fastem, tmp_path, monkeypatch):
         (["--seed", -1], "--seed"),
         (["--kernel-size", 0], "--kernel-size"),
         (["--method", "magic"], "allowed are fast-em"),
+        (["--m-step", "magic"], "allowed are edges, hqs"),
+        (["--r2-term"], "r2_term belongs to the M-step 'hqs'"),
         (["--guidance", "magic"], "allowed are mean, pigdm, dps"),
         (["--compat", "magic"], "allowed are paper, released"),
         (["--device", "tpu"], "tpu"),

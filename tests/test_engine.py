@@ -194,6 +194,27 @@ def test_a_constant_image_has_no_blur(level):
     assert_sane(quick()(image, kernel=motion_kernel(7, 0)))  # with a kernel it is restored like any other
 
 
+def test_nothing_to_deblur():
+    """A sharp image comes back denoised, with no blur; a blurred one, or one without the guard, is searched."""
+    sharp = degrade(edges(96, 96, seed=3), np.ones((1, 1)), 0.02, 3)
+    r = quick(guard=True)(sharp, sigma=0.02)
+    assert r.kernel.max() == 1 and r.trace == [] and any(w.startswith("W_NO_BLUR") for w in r.warnings)
+    searched = quick(guard=False)(sharp, sigma=0.02)
+    assert searched.kernel.max() < 1 and searched.trace
+    assert psnr(r.image, edges(96, 96, seed=3)) > psnr(searched.image, edges(96, 96, seed=3)) + 1
+    _, _, y = blurred(64, 64, seed=3, size=9)
+    r = quick(guard=True, kernel_size=9)(y, sigma=0.01)
+    assert r.kernel.max() < 1 and r.trace and not any(w.startswith("W_NO_BLUR") for w in r.warnings)
+
+
+def test_the_guard_decides_for_each_image_of_a_batch():
+    y = torch.stack([torch.from_numpy(v).permute(2, 0, 1) for v in (
+        degrade(edges(64, 64, seed=3), np.ones((1, 1)), 0.01, 3).astype(np.float32), blurred(64, 64, seed=3, size=9)[2],
+    )]).float()  # fmt: skip
+    drawn, _, _ = quick(kernel_size=9).restore(y, 0.01, torch.tensor([0, 0]))
+    assert drawn.kernel[0].max() == 1 and drawn.kernel[1].max() < 1
+
+
 @pytest.mark.parametrize("name", ["reference", "native"])
 def test_an_image_without_edges(name, request):
     """Not constant, but too smooth to fit a kernel to: there is still a result."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = [  # low to high: a module of fastem imports only lower layers, or its own package
     {"ops"},
-    {"schedules", "metrics", "synth", "io", "noise", "env", "ranges"},
+    {"schedules", "metrics", "synth", "io", "noise", "photo", "env", "ranges"},
     {"models", "operators"},
     {"guidance"},
     {"samplers", "mstep", "initial"},

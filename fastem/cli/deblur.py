@@ -34,6 +34,14 @@ def deblur(
     compat: Annotated[
         str, typer.Option(metavar="paper|released", help="released: the program of the paper's authors, to the detail")
     ] = "paper",
+    m_step: Annotated[
+        str | None,
+        typer.Option("--m-step", metavar="edges|hqs", help="how the kernel is updated", show_default="edges"),
+    ] = None,
+    r2_term: Annotated[
+        bool, typer.Option("--r2-term", help="with --m-step hqs: count the error of the estimate, Appendix D")
+    ] = False,
+    guard: Annotated[bool, typer.Option(help="denoise only where no blur is seen")] = True,
     boundary: Annotated[
         str, typer.Option(metavar="auto|photo|circular", help="what lies beyond the borders of the image")
     ] = "auto",
@@ -75,7 +83,8 @@ def deblur(
     with console.options_checked():
         engine = Deblurrer(
             prior, method=method, guidance=guidance, steps=steps, particles=particles, kernel_size=kernel_size,
-            compat=compat, boundary=boundary, tile=tile, device=device, backend=backend,
+            compat=compat, m_step=m_step, r2_term=r2_term, guard=guard,
+            boundary=boundary, tile=tile, device=device, backend=backend,
         )  # fmt: skip
         if method == "known" and known is None:
             raise ValueError("--method known needs the kernel: give it with --kernel FILE")
