@@ -166,21 +166,22 @@ def test_train_kernel_denoiser_gives_loadable_weights(fastem, tmp_path, monkeypa
 
     seen = {}
 
-    def fake(out, config, device, report, stop):
-        seen.update(out=out, config=config, device=device, stop=stop())
+    def fake(out, config, device, init, report, stop):
+        seen.update(out=out, config=config, device=device, init=init, stop=stop())
         report({"step": 1, "loss": 0.5, "samples_per_s": 10.0, "minutes": 0.1})
 
     monkeypatch.setattr(training, "train_kernel_denoiser", fake)
-    code, out, err = fastem("train", "kernel-denoiser", "-o", "run", "--minutes", 6, "--seed", 4, "--progress", "json")
+    options = ("--minutes", 6, "--seed", 4, "--init", "kernel", "--progress", "json")
+    code, out, err = fastem("train", "kernel-denoiser", "-o", "run", *options)
     assert code == 0 and out.strip() == "run/kernel.safetensors" and '"total": 6.0' in err
-    assert (seen["config"].minutes, seen["config"].seed, seen["stop"]) == (6.0, 4, False)
+    assert (seen["config"].minutes, seen["config"].seed, seen["stop"], seen["init"]) == (6.0, 4, False, "kernel")
     assert seen["config"].cooldown == pytest.approx(2.5)  # the recipe's share, 5 of 12
 
 
 def test_interrupted_training_says_how_to_go_on(fastem, tmp_path, monkeypatch):
     import fastem.training as training
 
-    def fake(out, config, device, report, stop):
+    def fake(out, config, device, init, report, stop):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop()
 
