@@ -63,7 +63,7 @@ def _software() -> dict[str, Callable[[], object]]:
 
 def _processor() -> dict[str, Callable[[], object]]:
     return {
-        "name": _cpu_name,
+        "name": cpu_name,
         "cores": lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "vector instructions": _vector_instructions,
         "torch threads": lambda: _torch().get_num_threads(),
@@ -100,7 +100,7 @@ def _torch():
     return torch
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from fastem.cli import console, deblur, degrade, doctor, train
+from fastem.cli import console, deblur, degrade, doctor, profile, train
 from fastem.cli.console import ExitCode
 
 LEFT_BEHIND = "finished results are complete, the one in progress is absent"
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command(epilog="example: fastem deblur photo.jpg -o out/ --sigma 5")(deblur.deblur)
 app.command(epilog="example: fastem degrade sharp/ -o blurred/ --sigma 5 --kernel-size 33")(degrade.degrade)
 app.add_typer(train.app, name="train")
+app.command(epilog="example: fastem profile --guidance pigdm --json base.json")(profile.profile)
 app.command()(doctor.doctor)
 app.command()(doctor.models)
 
