@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastem import ops
-from fastem.guidance import Guidance, Variance, default_r2, pseudo_inverse
+from fastem.guidance import Guidance, Number, Variance, default_r2, pseudo_inverse
 from fastem.initial import difference_spectra, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
@@ -33,8 +33,14 @@ class Known:
     def start(self, observation: Observation) -> KernelState:
         return KernelState(self.k.to(observation.y).expand(observation.y.shape[0], -1, -1, -1))
 
-    def update(self, state: KernelState, X: Tensor, observation: Observation, step: Step, r2: float) -> KernelState:
+    def rests(self, step: Step) -> bool:
+        return True
+
+    def update(self, state: KernelState, X: Tensor, observation: Observation, r2: Number) -> KernelState:
         return state
+
+    def program(self) -> Hashable:
+        return Known
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,13 @@ class HQS:
     def start(self, observation: Observation) -> KernelState:
         return KernelState(delta_kernel(observation.y.shape[0], self.kernel_size).to(observation.y))
 
-    def update(self, state: KernelState, X: Tensor, observation: Observation, step: Step, r2: float) -> KernelState:
+    def rests(self, step: Step) -> bool:
+        return False
+
+    def program(self) -> Hashable:
+        return self
+
+    def update(self, state: KernelState, X: Tensor, observation: Observation, r2: Number) -> KernelState:
         released = self.compat == "released"
         sums = ops.spectral_sums(X, observation.Y, per_channel=released)
         k = mstep_from_sums(
@@ -90,13 +102,17 @@ class EdgeEM:
     def start(self, observation: Observation) -> KernelState:
         return KernelState(self.k_start.to(observation.y))
 
-    def update(self, state: KernelState, X: Tensor, observation: Observation, step: Step, r2: float) -> KernelState:
-        if step.sigma_t > self.sigma_on:
-            return state
+    def rests(self, step: Step) -> bool:
+        return step.sigma_t > self.sigma_on
+
+    def program(self) -> Hashable:
+        return EdgeEM, tuple(self.k_start.shape), self.ridge, self.num_iters, self.inflation
+
+    def update(self, state: KernelState, X: Tensor, observation: Observation, r2: Number) -> KernelState:
         K = ops.psf_to_otf(state.k, observation.size)
         mean = X + r2 * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2)
         D = difference_spectra(observation.size, X)  # gradients are whiter: images have a power spectrum like 1 / f^2
-        border = tuple(m // 2 for m in self.k_start.shape[-2:])
+        border = tuple(m // 2 for m in state.k.shape[-2:])
         cross, energy = gradient_sums(mean, observation, D, border)
         k = fit_on_simplex(cross, energy, state.k, observation.size, self.ridge, self.num_iters)
         return KernelState(torch.where(torch.isfinite(k).all(-1).all(-1)[..., None, None], k, state.k))

@@ -17,6 +17,7 @@ from fastem import ops
 from fastem.operators import Observation
 from fastem.schedules import Step
 
+Number = float | Tensor  # on the host, or 0-dim on a device
 Variance = Callable[[float], float]  # sigma_t -> r^2, the mean squared error of x0_hat; both in [-1, 1] units
 
 
@@ -39,12 +40,12 @@ def noise_r2(sigma_t: float) -> float:
     return sigma_t**2
 
 
-def pseudo_inverse(X: Tensor, K: Tensor, observation: Observation, sigma: Tensor, r2: float) -> Tensor:
+def pseudo_inverse(X: Tensor, K: Tensor, observation: Observation, sigma: Tensor, r2: Number) -> Tensor:
     """The spectrum of `v = H^T (r^2 H H^T + sigma^2)^-1 (y - H x0_hat)`, Eq. (17), like X.
 
     X `(B, n, C, H, W')`, K `(B, 1, H, W')`, sigma `(B,)` and r2 in [0, 1] units.
     """
-    r2_t = torch.full_like(sigma, r2)
+    r2_t = torch.zeros_like(sigma) + r2  # full_like would fetch a number that is on the device
     if observation.canvas is None:
         return ops.wiener_guidance(X, observation.Y, K, sigma**2, r2_t)  # Eq. (17)
     E, n = observation.residual(X, K), X.shape[1]  # particles differ where y was not measured: each is an image here
@@ -80,8 +81,9 @@ class PiGDM:
             return math.sqrt(step.alpha_bar) * self.r2(step, r2) * math.sqrt(1 / (1 + step.posterior_variance)) * 0.5
         return step.beta / math.sqrt(1 - step.beta) * 0.5  # Eq. (15): beta_t / sqrt(alpha_t) times the score
 
-    def direction(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
-        V = pseudo_inverse(X, K, observation, observation.sigma, self.r2(step, r2))
+    def direction(self, X: Tensor, K: Tensor, observation: Observation, r2: Number) -> Tensor:
+        """v like x0_hat; r2 of this step in [0, 1] units."""
+        V = pseudo_inverse(X, K, observation, observation.sigma, r2)
         return torch.fft.irfft2(V, s=observation.size)
 
 
@@ -101,10 +103,14 @@ class DPS:
         """What is compared with y, and what the M-step gets."""
         return 2 * x0_hat - 1 if self.compat == "released" else x0_hat
 
+    def r2(self, step: Step, r2: Variance) -> float:
+        """DPS takes x0_hat for exact."""
+        return 0.0
+
     def gain(self, step: Step, r2: Variance) -> float:
         return math.sqrt(step.alpha_bar)  # zeta
 
-    def direction(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
+    def direction(self, X: Tensor, K: Tensor, observation: Observation, r2: Number) -> Tensor:
         E = observation.residual(X, K)
         e, v = (torch.fft.irfft2(F, s=observation.size) for F in (E, K.conj()[:, None] * E))
         norm = e.square().sum(dim=(2, 3, 4), keepdim=True).sqrt()
@@ -130,10 +136,9 @@ class PosteriorMean:
         """r_t^2 in [0, 1] units."""
         return r2(step.sigma_t) / 4
 
-    def mean(self, X: Tensor, K: Tensor, observation: Observation, step: Step, r2: Variance) -> Tensor:
-        """The spectrum of mu, like X."""
-        r2_t = self.r2(step, r2)
-        return X + r2_t * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2_t)
+    def mean(self, X: Tensor, K: Tensor, observation: Observation, r2: Number) -> Tensor:
+        """The spectrum of mu, like X; r2 of this step in [0, 1] units."""
+        return X + r2 * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2)
 
 
 Guidance = PiGDM | DPS | PosteriorMean

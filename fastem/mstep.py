@@ -93,14 +93,14 @@ def mstep(
 
 def mstep_from_sums(
     Sxy: Tensor, Sxx: Tensor, k: Tensor, *, size: tuple[int, int], count: int, particles: int, sigma: float | Tensor,
-    prior: KernelPrior, beta: float, num_iters: int, compat: str, solver: str = "hqs", r2: float = 0.0,
+    prior: KernelPrior, beta: float, num_iters: int, compat: str, solver: str = "hqs", r2: float | Tensor = 0.0,
 ) -> Tensor:  # fmt: skip
     """`mstep` from the sums of `ops.spectral_sums`, which a sampler has at hand, or adds up over a kernel group."""
     if compat not in ("paper", "released"):
         raise ValueError(f"compat must be 'paper' or 'released', got {compat!r}")
     sigma = torch.as_tensor(sigma, dtype=k.dtype, device=k.device).expand(k.shape[0]).view(-1, 1, 1, 1)
     weight = sigma**2 * beta * (1 if compat == "released" else particles)  # n beta sigma^2
-    if r2:
+    if isinstance(r2, Tensor) or r2:
         Sxx = Sxx + count * size[0] * size[1] * r2  # Eq. (D.9), unnormalised transform
     a, g = support_filters(Sxy, Sxx, weight, size, k.shape[-2:])
     if solver == "hqs":

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastem import ops, ranges
-from fastem.guidance import Guidance, Variance, default_r2
+from fastem.guidance import Guidance, Number, Variance, default_r2
 from fastem.operators import Observation
 from fastem.schedules import Schedule, Step
 
 
 class KernelEstimator(Protocol):
-    """What the loop asks for the kernel of each step. `state.k` is `(B, 1, h, w)`; the loop keeps the state."""
+    """What the loop asks for the kernel of each step. `state.k` is `(B, 1, h, w)`; the loop keeps the state.
+
+    A state is a dataclass of tensors. `update` may be recorded once and replayed: it takes no host decision that
+    depends on values, and it reads what differs between two runs from its arguments, not from the estimator.
+    """
 
     def start(self, observation: Observation): ...
 
-    def update(self, state, X: Tensor, observation: Observation, step: Step, r2: float): ...
+    def rests(self, step: Step) -> bool:
+        """Whether the kernel stays as it is at this step; `update` is then not called."""
+        ...
+
+    def update(self, state, X: Tensor, observation: Observation, r2: Number): ...
+
+    def program(self) -> Hashable:
+        """Equal for estimators whose `update` runs the same operations with the same constants."""
+        ...
 
 
 class Noise(Protocol):
@@ -98,10 +112,107 @@ class Sample:
         return ((self.x + 1) / 2).clamp(0, 1)
 
 
+class StepConstants(NamedTuple):
+    """Every number that one step reads: Python floats, or 0-dim float64 tensors, a row of a table on the device."""
+
+    t: Number  # what the network is told
+    alpha_bar: Number
+    r2: Number  # r_t^2 of the guidance, in [0, 1] units
+    r2_kernel: Number  # mean squared error of x0_hat that the estimator is told, in [0, 1] units
+    gain: Number  # weight of the pulled-back direction
+    c0: Number  # weights of x0_hat, x_t and the noise in x_{t-1}
+    ct: Number
+    std: Number
+
+    @classmethod
+    def of(cls, step: Step, guidance: Guidance, rule: Rule, r2: Variance) -> StepConstants:
+        gain = guidance.gain(step, r2) if guidance.jacobian else 0.0
+        coefficients = rule.coefficients(step)
+        return cls(step.t, step.alpha_bar, guidance.r2(step, r2), r2(step.sigma_t) / 4, gain, *coefficients)
+
+
+Draw = Callable[[], Tensor]  # of the noise of one step, (B, n, C, H, W)
+
+
+class Phase(NamedTuple):
+    """What a step does besides its numbers: each phase is a program of its own."""
+
+    learns: bool  # the estimator updates the kernel
+    pulls: bool  # the direction goes back through the network
+
+
+@dataclass(frozen=True)
+class StepBody:
+    """One reverse step as a function of tensors: what `Eager` calls, and what a CUDA graph records."""
+
+    model: nn.Module
+    estimator: KernelEstimator
+    guidance: Guidance
+
+    def __call__(
+        self, x_t: Tensor, state, noise: Draw | None, observation: Observation, c: StepConstants, phase: Phase
+    ) -> tuple[Tensor, object, Tensor]:
+        """x_{t-1}, the next state of the estimator, and x0_hat in [0, 1]; `noise` is None only where c.std is 0."""
+        guidance = self.guidance
+        with ranges.stage("unet_fwd"):
+            eps, pull = evaluate(self.model, x_t, c, with_vjp=phase.pulls)
+        with torch.no_grad():
+            with ranges.stage("x0"):
+                x0_hat, mask = ops.predict_x0(x_t, eps, c.alpha_bar)  # Eq. (12)
+                X = torch.fft.rfft2(guidance.seen(x0_hat))
+            with ranges.stage("mstep"):
+                if phase.learns:
+                    state = self.estimator.update(state, X, observation, c.r2_kernel)
+            x0, g = x0_hat, None
+            with ranges.stage("guidance"):
+                K = ops.psf_to_otf(state.k, observation.size)
+                if guidance.jacobian:
+                    g = guidance.direction(X, K, observation, c.r2) * mask
+                else:
+                    x0 = torch.fft.irfft2(guidance.mean(X, K, observation, c.r2), s=observation.size)
+            if g is not None:
+                with ranges.stage("unet_vjp") if phase.pulls else nullcontext():
+                    g = pull(g)
+            with ranges.stage("update"):
+                xi = None if noise is None else noise()
+                x_t = ops.step_update(x_t, x0, xi, g, c.c0, c.ct, c.std, c.gain)  # Eq. (15)
+        return x_t, state, x0_hat
+
+
+class Execution(Protocol):
+    """How the steps of one run are carried out; its tensors may be overwritten by the next step."""
+
+    x_t: Tensor
+    x0_hat: Tensor
+    state: object
+
+    def advance(self, row: int, noise: Draw | None, phase: Phase) -> None:
+        """The step of row `row` of the table of constants; rows come in order, from 0."""
+        ...
+
+
+class Eager:
+    """Each step as it comes."""
+
+    def __init__(
+        self, body: StepBody, observation: Observation, state, x_t: Tensor, table: Sequence[StepConstants]
+    ) -> None:
+        self.body, self.observation, self.table = body, observation, table
+        self.x_t, self.x0_hat, self.state = x_t, x_t, state
+
+    def advance(self, row: int, noise: Draw | None, phase: Phase) -> None:
+        self.x_t, self.state, self.x0_hat = self.body(
+            self.x_t, self.state, noise, self.observation, self.table[row], phase
+        )
+
+
+Execute = Callable[[StepBody, Observation, object, Tensor, Sequence[StepConstants]], Execution]
+
+
 def sample(
     model: nn.Module, observation: Observation, estimator: KernelEstimator, guidance: Guidance, schedule: Schedule,
     *, noise: Noise, rule: Rule = DDPM(), r2: Variance = default_r2, x_start: Tensor | None = None,
-    on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
+    vjp_down_to: float = 0.0, execute: Execute = Eager, on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Draws particles from the posterior of the sharp images, asking the estimator for the kernel at every step.
 
@@ -115,54 +226,44 @@ def sample(
         rule: `DDPM`, `DDIM` or `Renoise`.
         r2: mean squared error of x0_hat as a function of the noise level, in [-1, 1] units.
         x_start: particles at the first step in network range, instead of `noise.start()`.
-        on_step: called after each step with (step, x0_hat in [0, 1], kernel).
+        vjp_down_to: at lower noise levels (sigma_t) the Jacobian of x0_hat counts as sqrt(alpha_bar), its limit at no
+            noise, and the backward pass is saved.
+        execute: how the steps run: `Eager`, or CUDA graphs (`fastem.runtime.StepGraphs`).
+        on_step: called after each step with (step, x0_hat in [0, 1], kernel); the tensors are valid until the next.
 
     Source: Algorithm 1 (known kernel) and Algorithm 2 (Fast EM), Laroche et al. 2024.
     """
+    steps = list(schedule.reverse())
+    table = [StepConstants.of(step, guidance, rule, r2) for step in steps]
     x_t = noise.start() if x_start is None else x_start
-    state = estimator.start(observation)
-    for step in ranges.each(ranges.STEP, schedule.reverse()):
-        with ranges.stage("unet_fwd"):
-            eps, pull = evaluate(model, x_t, step, with_vjp=guidance.jacobian)
-        with torch.no_grad():
-            with ranges.stage("x0"):
-                x0_hat, mask = ops.predict_x0(x_t, eps, step.alpha_bar)  # Eq. (12)
-                X = torch.fft.rfft2(guidance.seen(x0_hat))
-            with ranges.stage("mstep"):
-                state = estimator.update(state, X, observation, step, r2(step.sigma_t) / 4)
-            c0, ct, std = rule.coefficients(step)
-            x0, g, gain = x0_hat, None, 0.0
-            with ranges.stage("guidance"):
-                K = ops.psf_to_otf(state.k, observation.size)
-                if guidance.jacobian:
-                    v = guidance.direction(X, K, observation, step, r2) * mask
-                    gain = guidance.gain(step, r2)
-                else:
-                    x0 = torch.fft.irfft2(guidance.mean(X, K, observation, step, r2), s=observation.size)
-            if gain:
-                with ranges.stage("unet_vjp"):
-                    g = pull(v)
-            with ranges.stage("update"):
-                xi = noise.step(step.index) if std else x_t
-                x_t = ops.step_update(x_t, x0, xi, g, c0, ct, std, gain)  # Eq. (15)
+    run = execute(StepBody(model, estimator, guidance), observation, estimator.start(observation), x_t, table)
+    for row, step in ranges.each(ranges.STEP, enumerate(steps)):
+        c = table[row]
+        pulls = guidance.jacobian and c.gain != 0 and step.sigma_t >= vjp_down_to
+        phase = Phase(learns=not estimator.rests(step), pulls=pulls)
+        run.advance(row, partial(noise.step, step.index) if c.std else None, phase)
         if on_step is not None:
-            on_step(step, x0_hat, state.k)
-    return Sample(x_t, state.k)
+            on_step(step, run.x0_hat, run.state.k)
+    return Sample(run.x_t, run.state.k)
 
 
-def evaluate(model: nn.Module, x_t: Tensor, step: Step, *, with_vjp: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def evaluate(
+    model: nn.Module, x_t: Tensor, step: Step | StepConstants, *, with_vjp: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """eps at x_t, and the map `v -> (d x0_hat / d x_t)^T v` for directions v already masked by the clamp.
+
+    Without the VJP the Jacobian counts as a = sqrt(abar).
 
     The network is the only thing autograd records: `g = v / a + vjp_eps(-s v / a)`, a = sqrt(abar), s = sqrt(1 - abar).
     """
     flat = x_t.flatten(0, 1).detach()
+    a, s = root(step.alpha_bar), root(1 - step.alpha_bar)
     if not with_vjp:
         with torch.no_grad():
-            return model(flat, step.t).view_as(x_t), lambda v: v
+            return model(flat, step.t).view_as(x_t), lambda v: a * v
     flat.requires_grad_()
     with torch.enable_grad():
         eps = model(flat, step.t)
-    a, s = math.sqrt(step.alpha_bar), math.sqrt(1 - step.alpha_bar)
 
     def pull(v: Tensor) -> Tensor:
         v = v / a
@@ -170,3 +271,8 @@ def evaluate(model: nn.Module, x_t: Tensor, step: Step, *, with_vjp: bool) -> tu
         return v + through_net.view_as(v)
 
     return eps.detach().view_as(x_t), pull
+
+
+def root(value: Number) -> Number:
+    """Square root of a number on the host or on a device; the same bits."""
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)

@@ -65,7 +65,7 @@ def test_direction_through_the_network_is_the_gradient(guidance, index, canvas):
     x0_hat, mask = ops.predict_x0(x_t, eps, step.alpha_bar)
     assert 0.2 < mask.mean() < 0.98
     K = ops.psf_to_otf(k, size)
-    v = guidance.direction(torch.fft.rfft2(x0_hat), K, observation, step, lambda sigma_t: 4 * r2)
+    v = guidance.direction(torch.fft.rfft2(x0_hat), K, observation, r2)
     actual = 0.5 * pull(v * mask)
 
     inside = 1 if canvas is None else canvas.inside((0, 0), observation.y)
@@ -117,7 +117,7 @@ def test_posterior_mean_is_the_mean_of_a_product_of_gaussians():
     r2 = guidance.r2(step, default_r2)
     assert r2 == default_r2(step.sigma_t) / 4  # [-1, 1] to [0, 1]
     k, x, y = kernels(1, 3, 2), uniform(1, 1, 1, *size), uniform(1, 1, *size, seed=2)
-    M = guidance.mean(torch.fft.rfft2(x), ops.psf_to_otf(k, size), Observation.of(y, sigma), step, default_r2)
+    M = guidance.mean(torch.fft.rfft2(x), ops.psf_to_otf(k, size), Observation.of(y, sigma), r2)
     H = blur(torch.eye(20, dtype=x.dtype).view(20, 1, *size), k).view(20, 20).T
     precision = torch.eye(20, dtype=x.dtype) / r2 + H.T @ H / (2 * sigma) ** 2  # sigma inflated
     expected = torch.linalg.solve(precision, x.flatten() / r2 + H.T @ y.flatten() / (2 * sigma) ** 2)
@@ -130,7 +130,7 @@ def test_directions_of_dps_have_no_length_to_divide_by_at_a_perfect_fit():
     observation, K = Observation.of(blur(x[:, 0], k), 0.1), ops.psf_to_otf(k, size)
     X = torch.fft.rfft2(x)
     observation.__dict__["Y"] = K * X[:, 0]  # the residual is exactly 0
-    v = DPS().direction(X, K, observation, Schedule.linear().step(0), default_r2)
+    v = DPS().direction(X, K, observation, 0.0)
     assert torch.equal(v, torch.zeros_like(v))
 
 

@@ -146,9 +146,9 @@ def recentre(k: Tensor) -> Tensor:
     no mass, or not finite, becomes 0.
     """
     h, w = k.shape[-2:]
-    target = torch.tensor([h // 2 + 0.5 * (1 - h % 2), w // 2 + 0.5 * (1 - w % 2)], dtype=k.dtype, device=k.device)
-    shift = target - centre_of_mass(k)
-    rows, cols = spline_shift_matrix(shift[:, 0], h), spline_shift_matrix(shift[:, 1], w)
+    row, col = centre_of_mass(k).unbind(1)
+    rows = spline_shift_matrix(h // 2 + 0.5 * (1 - h % 2) - row, h)
+    cols = spline_shift_matrix(w // 2 + 0.5 * (1 - w % 2) - col, w)
     moved = rows @ k[:, 0] @ cols.transpose(-1, -2)
     good = moved.isfinite().all(-1).all(-1)
     return torch.where(good[:, None, None], moved, 0.0)[:, None]
@@ -197,13 +197,13 @@ def _spline_prefilter(size: int, **kwargs) -> Tensor:
 # ------------------------------------------------------------------------------------------- sampler steps
 
 
-def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> tuple[Tensor, Tensor]:
     """x0_hat of Eq. (12), clamped and mapped from [-1, 1] to [0, 1], and where the clamp let it through.
 
     x_t, eps in network range, any equal shape -> x0_hat in [0, 1] and a mask of the same dtype (1 inside or on
     the border, else 0).
     """
-    x0_raw = math.sqrt(1 / alpha_bar) * x_t - math.sqrt(1 / alpha_bar - 1) * eps  # Eq. (12)
+    x0_raw = _root(1 / alpha_bar) * x_t - _root(1 / alpha_bar - 1) * eps  # Eq. (12)
     x0_hat = x0_raw.clamp(-1, 1)
     return (x0_hat + 1) / 2, (x0_raw == x0_hat).to(x_t.dtype)
 
@@ -211,13 +211,20 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tens
 def step_update(
     x_t: Tensor, x0_hat: Tensor, noise: Tensor, guidance: Tensor | None, c0: float, ct: float, std: float, gain: float
 ) -> Tensor:
-    """`x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance`, Eq. (15); any equal shapes."""
+    """`x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance`, Eq. (15); any equal shapes.
+
+    The numbers are floats, or 0-dim tensors, whose value decides nothing here.
+    """
     out = c0 * (2 * x0_hat - 1) + ct * x_t
-    if std:
+    if isinstance(std, Tensor) or std:
         out = out + std * noise
-    if guidance is not None and gain:
+    if guidance is not None and (isinstance(gain, Tensor) or gain):
         out = out + gain * guidance
     return out
+
+
+def _root(value: float | Tensor) -> float | Tensor:
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
 
 
 _MASK32 = 0xFFFFFFFF

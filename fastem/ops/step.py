@@ -9,12 +9,12 @@ from fastem.ops import reference
 from fastem.ops.backend import Backend, run, select
 
 
-def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> tuple[Tensor, Tensor]:
     """x0_hat of Eq. (12), clamped and mapped from [-1, 1] to [0, 1], and where the clamp let it through.
 
     Args:
         x_t, eps: in network range, any equal shape.
-        alpha_bar: cumulative product of the schedule, in (0, 1].
+        alpha_bar: cumulative product of the schedule, in (0, 1]; a 0-dim tensor is read on its device, unchecked.
 
     Returns:
         x0_hat in [0, 1], and a mask of the same dtype: 1 where the clamp changed nothing (the border included), else 0.
@@ -23,6 +23,8 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tens
         ValueError: if the shapes disagree or alpha_bar is out of range.
     """
     _check_like(eps, x_t, "eps")
+    if isinstance(alpha_bar, Tensor):  # the kernels take numbers
+        return reference.predict_x0(x_t, eps, alpha_bar)
     if not 0 < alpha_bar <= 1:
         raise ValueError(f"alpha_bar must be in (0, 1], got {alpha_bar}")
     return run("predict_x0", x_t, eps, float(alpha_bar))
@@ -30,7 +32,7 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tens
 
 def step_update(
     x_t: Tensor, x0_hat: Tensor, noise: Tensor | None, guidance: Tensor | None,
-    c0: float, ct: float, std: float, gain: float,
+    c0: float | Tensor, ct: float | Tensor, std: float | Tensor, gain: float | Tensor,
 ) -> Tensor:  # fmt: skip
     """`x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance`, Eq. (15).
 
@@ -43,15 +45,20 @@ def step_update(
         std: of the noise, 0 at the last step.
         gain: weight of the guidance, with its sign.
 
+    The four numbers may be 0-dim tensors, which are read on their device; noise is then always needed.
+
     Raises:
         ValueError: if the shapes disagree, or noise is missing.
     """
     _check_like(x0_hat, x_t, "x0_hat")
-    if std and noise is None:
-        raise ValueError(f"a step of std {std} needs noise")
+    on_device = any(isinstance(c, Tensor) for c in (c0, ct, std, gain))
+    if noise is None and (on_device or std):
+        raise ValueError(f"a step of std {'on the device' if on_device else std} needs noise")
     for name, t in (("noise", noise), ("guidance", guidance)):
         if t is not None:
             _check_like(t, x_t, name)
+    if on_device:  # the kernels take numbers
+        return reference.step_update(x_t, x0_hat, noise, guidance, c0, ct, std, gain)
     return run("step_update", x_t, x0_hat, noise, guidance, float(c0), float(ct), float(std), float(gain))
 
 
