@@ -35,7 +35,8 @@ test: $(VENV)/.dev $(VENV)/.native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 gpu-test: $(VENV)/.dev $(VENV)/.native
-	FASTEM_REQUIRE=native,cuda,triton $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_triton.py $(PYTEST_ARGS)
+	FASTEM_REQUIRE=native,cuda,triton $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_cuda_runtime.py \
+	  tests/test_triton.py $(PYTEST_ARGS)
 
 native: $(VENV)/.torch
 	rm -f $(VENV)/.native

@@ -13,7 +13,7 @@ from fastem.guidance import Guidance, Number, Variance, default_r2, pseudo_inver
 from fastem.initial import difference_spectra, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
-from fastem.samplers import DDPM, Noise, Rule, Sample, sample
+from fastem.samplers import DDPM, Eager, Execute, Noise, Rule, Sample, sample
 from fastem.schedules import Schedule, Step, time_of_sigma
 
 
@@ -159,7 +159,7 @@ def diffusion_em(
     model: nn.Module, observation: Observation, guidance: Guidance, schedule: Schedule, *, prior: KernelPrior,
     kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = 10, beta: float = 1e5,
     num_iters: int = 10, compat: str = "paper", rule: Rule = DDPM(), r2: Variance = default_r2,  # noqa: B008  (frozen)
-    on_round: Callable[[int, Sample, Tensor], None] | None = None,
+    execute: Execute = Eager, on_round: Callable[[int, Sample, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Diffusion EM, Algorithm A.1: posterior samples with the current kernel, then one M-step on them, L times.
 
@@ -167,9 +167,14 @@ def diffusion_em(
     round before and the kernel is that of the last M-step; unless `compat="released"`, one more sampling run with the
     last kernel brings the two together. Known to stay at "no blur" on some images: it starts from a delta.
     """
+    def draw(k: Tensor, round_: int) -> Sample:
+        return sample(
+            model, observation, Known(k), guidance, schedule, noise=noise(round_), rule=rule, r2=r2, execute=execute
+        )
+
     k = delta_kernel(observation.y.shape[0], kernel_size).to(observation.y)
     for round_ in range(num_rounds):
-        drawn = sample(model, observation, Known(k), guidance, schedule, noise=noise(round_), rule=rule, r2=r2)
+        drawn = draw(k, round_)
         k = mstep(
             observation.y, drawn.images, k, sigma=observation.sigma, prior=prior, beta=beta, num_iters=num_iters,
             compat=compat,
@@ -177,5 +182,5 @@ def diffusion_em(
         if on_round is not None:
             on_round(round_, drawn, k)
     if compat != "released":
-        drawn = sample(model, observation, Known(k), guidance, schedule, noise=noise(num_rounds), rule=rule, r2=r2)
+        drawn = draw(k, num_rounds)
     return Sample(drawn.x, k)

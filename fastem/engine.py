@@ -22,7 +22,7 @@ from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
 from fastem.ops.backend import Backend, use_backend
-from fastem.samplers import DDPM, KernelEstimator, PhiloxNoise, Renoise, Rule, Sample, sample
+from fastem.samplers import DDPM, Eager, KernelEstimator, PhiloxNoise, Renoise, Rule, Sample, sample
 from fastem.schedules import Schedule
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
@@ -209,6 +209,7 @@ class Deblurrer:
             self.kernel_denoiser = kernel_prior.to(self.device)
         else:
             self.kernel_denoiser = load_kernel_denoiser(kernel_prior).to(self.device)
+        self.execute = runtime.StepGraphs() if self.device.type == "cuda" else Eager
 
     @property
     def config(self) -> dict:
@@ -324,7 +325,7 @@ class Deblurrer:
             if self.method is Method.DIFFUSION_EM and kernel is None:
                 drawn = diffusion_em(
                     model, observation, self._guide(blind=False), schedule, prior=prior, kernel_size=ksize,
-                    noise=philox, compat=self.compat, rule=rule, r2=r2,
+                    noise=philox, compat=self.compat, rule=rule, r2=r2, execute=self.execute,
                 )  # fmt: skip
                 return drawn, canvas, trace
             first = schedule.step(len(schedule) - 1)
@@ -336,7 +337,7 @@ class Deblurrer:
             def draw(estimator: KernelEstimator) -> Sample:
                 return sample(
                     model, observation, estimator, self._guide(blind=kernel is None), schedule, noise=philox(0),
-                    rule=rule, r2=r2, x_start=x_start, on_step=record,
+                    rule=rule, r2=r2, x_start=x_start, execute=self.execute, on_step=record,
                 )  # fmt: skip
 
             if kernel is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_window_of_any_shape_fits(size):
 
 def test_what_cannot_fit_in_memory_is_refused_with_numbers(monkeypatch):
     gigabytes = {"SC_PHYS_PAGES": 8_000_000, "SC_PAGE_SIZE": 1000}
-    monkeypatch.setattr(runtime.os, "sysconf", gigabytes.__getitem__)
+    monkeypatch.setattr(os, "sysconf", gigabytes.__getitem__)
     runtime.check_memory((3000, 4000), 1, jacobian=False, device=CPU)
     with pytest.raises(MemoryError, match=r"4000 x 3000 pixels with 16 particles need about \d+ GB.*has 8 GB"):
         runtime.check_memory((3000, 4000), 16, jacobian=False, device=CPU)

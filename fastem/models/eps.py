@@ -120,6 +120,7 @@ class TiledEps(EpsModel):
         super().__init__(model.channels)
         self.model, self.tile, self.overlap, self.batch = model, tile, overlap, batch
         self.sha256 = model.sha256
+        self._tiles: tuple = (None, [])  # the tiles of the last size
 
     def r2(self, sigma_t: float) -> float:
         return self.model.r2(sigma_t)
@@ -156,11 +157,17 @@ class TiledEps(EpsModel):
 
     def tiles(self, x: Tensor) -> list[list[tuple[slice, slice, Tensor]]]:
         """Micro-batches of equal length (the last is padded by weight 0): rows, columns and weights of each tile."""
-        down, across = self.windows(x.shape[-2]), self.windows(x.shape[-1])
+        key = (x.shape[-2], x.shape[-1], x.device, x.dtype)
+        if key != self._tiles[0]:  # made once per size: the copy of the weights would make the host wait in every step
+            with torch.inference_mode(False):
+                self._tiles = key, self._cut(*key)
+        return self._tiles[1]
+
+    def _cut(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> list:
         cut = [
-            (slice(i, i + self.tile), slice(j, j + self.tile), torch.outer(w_i, w_j).to(x.device, x.dtype))
-            for i, w_i in down
-            for j, w_j in across
+            (slice(i, i + self.tile), slice(j, j + self.tile), torch.outer(w_i, w_j).to(device, dtype))
+            for i, w_i in self.windows(height)
+            for j, w_j in self.windows(width)
         ]
         count = math.ceil(len(cut) / self.batch)
         size = math.ceil(len(cut) / count)

@@ -8,6 +8,7 @@ Sums run over the particles n of one image, never over the images B.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ def spline_shift_matrix(shift: Tensor, size: int) -> Tensor:
     for j in range(4):
         index = _mirror((base + (j - 1)).nan_to_num(0.0).long(), size)
         out.scatter_add_(2, index[..., None], (taps[j] / 6 * inside)[..., None])
-    return out @ _spline_prefilter(size, **kwargs)
+    return out @ _spline_prefilter(size, shift.dtype, shift.device)
 
 
 def _mirror(index: Tensor, size: int) -> Tensor:
@@ -183,15 +184,21 @@ def _mirror(index: Tensor, size: int) -> Tensor:
     return torch.minimum(index, 2 * size - 2 - index)
 
 
-def _spline_prefilter(size: int, **kwargs) -> Tensor:
+@lru_cache(maxsize=32)
+def _spline_prefilter(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Samples -> cubic B-spline coefficients, the inverse of the mirrored (1, 4, 1) / 6 interpolation matrix."""
+    with torch.inference_mode(False):  # the matrix outlives the mode of its first caller
+        return _invert_spline(size).to(device, dtype)
+
+
+def _invert_spline(size: int) -> Tensor:
     if size == 1:
-        return torch.ones(1, 1, **kwargs)
+        return torch.ones(1, 1, dtype=torch.float64)
     i = torch.arange(size)
     matrix = torch.zeros(size, size, dtype=torch.float64)
     for offset, weight in ((-1, 1 / 6), (0, 4 / 6), (1, 1 / 6)):
         matrix[i, _mirror(i + offset, size)] += weight
-    return torch.linalg.inv(matrix).to(**kwargs)
+    return torch.linalg.inv(matrix)
 
 
 # ------------------------------------------------------------------------------------------- sampler steps

@@ -1,4 +1,4 @@
-"""Where and how things run: the device, the size limits of networks, and the memory a restoration needs."""
+"""The device, the size limits of networks, and the memory a restoration needs."""
 
 from __future__ import annotations
 

@@ -1,0 +1,128 @@
+"""Steps as CUDA graphs, and 16-bit networks, on a GPU: `make gpu-test`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    if "cuda" in os.environ.get("FASTEM_REQUIRE", ""):
+        raise RuntimeError("FASTEM_REQUIRE names cuda, but torch sees no GPU")
+    pytest.skip("torch sees no GPU", allow_module_level=True)
+
+from fastem.em import HQS, EdgeEM, KernelState, Known  # noqa: E402
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2  # noqa: E402
+from fastem.models import load_kernel_denoiser, load_model  # noqa: E402
+from fastem.mstep import PnP  # noqa: E402
+from fastem.operators import Canvas, Observation  # noqa: E402
+from fastem.runtime import StepGraphs  # noqa: E402
+from fastem.samplers import DDPM, Eager, PhiloxNoise, Renoise, sample  # noqa: E402
+from fastem.schedules import Schedule  # noqa: E402
+
+DEVICE = torch.device("cuda")
+SIZE, KSIZE, B, N = (64, 56), (9, 9), 2, 2
+CASES = {
+    "mean-edges": (PosteriorMean(2.0), "edges"), "pigdm-hqs": (PiGDM(), "hqs"), "dps-known": (DPS(), "known"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("natural").to(DEVICE)
+
+
+def estimator_of(name: str):
+    k = torch.rand(B, 1, *KSIZE, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    k = k / k.sum((-2, -1), keepdim=True)
+    denoiser = load_kernel_denoiser("kernel", DEVICE)
+    return {"edges": EdgeEM(k, sigma_on=0.4), "hqs": HQS(PnP(denoiser), KSIZE), "known": Known(k)}[name]
+
+
+def draw(execute, model, guidance, estimator, seed=0, steps=6, on_step=None):
+    y = torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    observation = Observation.of(y, torch.tensor([0.02, 0.05]), Canvas(*SIZE, (48, 45)))
+    schedule, rule, r2 = Schedule.karras(steps, 1.0), Renoise(), default_r2
+    if guidance.jacobian:
+        schedule, rule, r2 = Schedule.linear().respace(steps), DDPM(), noise_r2
+    noise = PhiloxNoise(torch.tensor([seed, 7], device=DEVICE), N, (3, *SIZE))
+    return sample(model, observation, estimator, guidance, schedule, noise=noise, rule=rule, r2=r2, execute=execute,
+                  on_step=on_step)  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance, name", CASES.values(), ids=CASES)
+def test_replays_are_the_steps(model, guidance, name):
+    """Three runs of one recording, with other images, noise and numbers of steps."""
+    graphs = StepGraphs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a step could not be recorded
+        for seed, steps in ((0, 6), (1, 9), (0, 6)):
+            actual = draw(graphs, model, guidance, estimator_of(name), seed, steps)
+            expected = draw(Eager, model, guidance, estimator_of(name), seed, steps)
+            torch.testing.assert_close(actual.x, expected.x, rtol=0, atol=2e-3)
+            torch.testing.assert_close(actual.kernel, expected.kernel, rtol=0, atol=1e-4)
+    assert name != "known" or len(graphs) == 1
+
+
+@pytest.mark.parametrize("guidance, name", CASES.values(), ids=CASES)
+def test_no_step_waits_for_the_device(model, guidance, name):
+    graphs, estimator = StepGraphs(), estimator_of(name)
+    draw(graphs, model, guidance, estimator)  # records
+
+    def forbid(*_):
+        torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            drawn = draw(graphs, model, guidance, estimator, on_step=forbid)  # from the second step on
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    launches = [e.name for e in profile.events() if e.name == "cudaGraphLaunch"]
+    waits = [e.name for e in profile.events() if "Synchronize" in e.name]
+    assert torch.isfinite(drawn.x).all()
+    assert len(waits) <= 3, waits  # of the start: the table, the kernels of the estimator
+    assert len(launches) in (0, 6), launches  # 0: this profiler does not see the runtime
+
+
+@dataclass(frozen=True)
+class Reads(Known):
+    """An estimator that looks at a value: it cannot be recorded."""
+
+    def rests(self, step):
+        return False
+
+    def update(self, state, X, observation, r2):
+        return KernelState(state.k if float(state.k.sum()) > 0 else state.k * 0)
+
+
+def test_what_cannot_be_recorded_runs_step_by_step_and_says_so(model):
+    k = estimator_of("known").k
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph.*reads a value") as caught:
+        drawn = draw(StepGraphs(), model, PosteriorMean(), Reads(k))
+    assert len(caught) == 1
+    expected = draw(Eager, model, PosteriorMean(), Known(k))
+    torch.testing.assert_close(drawn.x, expected.x, rtol=0, atol=2e-3)
+
+
+def test_released_recordings_give_their_memory_back(model):
+    draw(Eager, model, PosteriorMean(), estimator_of("known"))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    graphs = StepGraphs()
+    draw(graphs, model, PosteriorMean(), estimator_of("known"))
+    assert torch.cuda.memory_reserved() > before
+    graphs.release()
+    del graphs
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**21
