@@ -234,7 +234,8 @@ def test_a_step_stays_on_its_device(network, guidance, name):
     "wait",
     [
         lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: x.nonzero(),
-        lambda x: float(x[0]), lambda x: torch.tensor([1.0, 2.0]) * x, lambda x: torch.equal(x, x), lambda x: x.masked_select(x > 0),
+        lambda x: float(x[0]), lambda x: torch.tensor([1.0, 2.0]) * x, lambda x: torch.equal(x, x),
+        lambda x: x.masked_select(x > 0),
     ],
 )  # fmt: skip
 def test_waiting_is_found(wait):

@@ -19,7 +19,7 @@ from fastem.models import TiledEps
 from fastem.operators import Observation
 from fastem.ops import current_backend
 from fastem.runtime.nosync import NoSync
-from fastem.samplers import Phase, StepBody, StepConstants
+from fastem.samplers import Draw, Phase, StepBody, StepConstants
 
 MAX_ROWS = 1000  # of the table: the longest schedule
 WARM_UP = 2  # runs before recording: algorithms are chosen, plans made and caches filled there
@@ -103,9 +103,9 @@ class Recording:
         self._observation.sigma.copy_(observation.sigma)
         self._observation.Y.copy_(observation.Y)
 
-    def advance(self, row: int, noise: Tensor | None, phase: Phase) -> None:
+    def advance(self, row: int, noise: Draw | None, phase: Phase) -> None:
         if noise is not None:  # else the last noise meets a zero of the table
-            self._noise.copy_(noise)
+            self._noise.copy_(noise())
         program = self._programs.get(phase)
         if program is None:
             program = self._programs[phase] = self._record(phase)
@@ -114,7 +114,7 @@ class Recording:
     def step(self, phase: Phase) -> None:
         """One step from buffers to buffers: the function that is recorded."""
         numbers = StepConstants(*self._table.index_select(0, self._row)[0].unbind())
-        x_t, state, x0_hat = self.body(self._x_t, self._state, self._noise, self._observation, numbers, phase)
+        x_t, state, x0_hat = self.body(self._x_t, self._state, lambda: self._noise, self._observation, numbers, phase)
         self._x_t.copy_(x_t)
         self._x0_hat.copy_(x0_hat)
         for name, buffer in _tensors(self._state):
