@@ -13,10 +13,9 @@ import os
 import secrets
 import stat
 import struct
-import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -653,38 +652,6 @@ def mosaic(pictures: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.nda
 
 
 # ------------------------------------------------------------------------------------------------------------ training
-
-
-def iter_training_images(paths: Iterable[str | os.PathLike]) -> Iterator[np.ndarray]:
-    """`(H, W, 3)` uint8 of every picture in the given files, folders (recursively, sorted) and tar shards.
-
-    A picture that cannot be read is passed over with a Python warning.
-    """
-    for path in map(Path, paths):
-        if path.is_dir():
-            yield from iter_training_images(
-                p for p in sorted(path.iterdir()) if p.is_dir() or p.suffix.lower() in IMAGE_SUFFIXES | {".tar"}
-            )
-        elif path.suffix.lower() == ".tar":
-            with tarfile.open(path) as shard:
-                for member in shard:
-                    if member.isfile() and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
-                        data = shard.extractfile(member).read()
-                        yield from _training_image(data, f"{shown(path)}:{shown(member.name)}")
-        else:
-            yield from _training_image(path.read_bytes(), shown(path))
-
-
-def _training_image(data: bytes, name: str) -> Iterator[np.ndarray]:
-    try:
-        pixels = decode_image(data).pixels
-    except InputError as error:
-        warnings.warn(f"{name} is not used for training. {error}", stacklevel=3)
-        return
-    if pixels.dtype != np.uint8:
-        top = 1.0 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
-        pixels = (pixels / top * 255).clip(0, 255).round().astype(np.uint8)
-    yield pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
 def resize(image: np.ndarray, scale: float) -> np.ndarray:

@@ -8,7 +8,6 @@ import io
 import os
 import resource
 import struct
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from fastem.io import (
     Picture,
     atomic_write,
     decode_image,
-    iter_training_images,
     kernel_zoom,
     load_kernel,
     mosaic,
@@ -514,24 +512,6 @@ def test_kernel_header_that_promises_too_much(tmp_path):
     (tmp_path / "k.npy").write_bytes(data.replace(b"(9, 9), ", b"(99999, 99999), ")[: len(data)])
     with pytest.raises(InputError):
         load_kernel(tmp_path / "k.npy")
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def test_training_images_from_folders_and_shards(tmp_path):
-    (tmp_path / "data" / "sub").mkdir(parents=True)
-    Image.fromarray(noise(8, 9, 3)).save(tmp_path / "data" / "b.PNG")
-    Image.fromarray(noise(8, 9)).save(tmp_path / "data" / "sub" / "gray.png")
-    (tmp_path / "data" / "broken.png").write_bytes(b"nothing")
-    (tmp_path / "data" / "notes.txt").write_text("no picture")
-    with tarfile.open(tmp_path / "data" / "c.tar", "w") as shard:
-        shard.add(tmp_path / "data" / "b.PNG", arcname="inside.png")
-    with pytest.warns(UserWarning, match="broken.png is not used"):
-        images = list(iter_training_images([tmp_path / "data"]))
-    assert [image.shape for image in images] == [(8, 9, 3)] * 3
-    np.testing.assert_array_equal(images[0], images[1])
-    np.testing.assert_array_equal(images[2], np.repeat(noise(8, 9)[..., None], 3, axis=2))
 
 
 def test_resize():

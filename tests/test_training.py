@@ -6,14 +6,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastem.models import load_kernel_denoiser, load_model
+from fastem.models import NaturalPrior, load_kernel_denoiser, load_model, read_checkpoint, save_natural
 from fastem.models.kernel_denoiser import FDnCNN, KernelDenoiserConfig
-from fastem.models.natural import NaturalConfig
+from fastem.models.natural import SIZES, NaturalConfig
 from fastem.ops import reference
 from fastem.synth import motion_kernel
 from fastem.training import BandBalance, Ema, ImagePool, TrainConfig, Trainer, train_image_prior, train_kernel_denoiser
-from fastem.training.image_prior import measure_r2
+from fastem.training.image_prior import name_of
 from fastem.training.kernel_denoiser import (
     FIRST_SEED,
     HIGHEST,
@@ -25,6 +26,7 @@ from fastem.training.kernel_denoiser import (
     sample_noise_std,
     told_level,
 )
+from fastem.training.validation import denoising_psnr, measure_r2, size_invariance, validate
 
 QUICK = TrainConfig(minutes=5, cooldown=0, batch_size=4, patch=16, warmup=2, ema_halflife=3, max_steps=4)
 TINY_PRIOR = NaturalConfig(widths=(8, 8), num_blocks=1, embedding=8)
@@ -270,18 +272,140 @@ def test_kernel_training_writes_loadable_weights_and_lowers_the_loss(tmp_path):
 def test_image_training_writes_a_prior_with_its_error_table(tmp_path, photos):
     model = train_image_prior([photos], tmp_path, QUICK, TINY_PRIOR)
     loaded = load_model(tmp_path / "natural.safetensors")
+    figures = json.loads((tmp_path / "validation.json").read_text())
+    assert figures["pictures"] == 1 and figures["held_out"] and figures["patch"] == 36
+    assert figures["psnr_db"]["5"] > figures["psnr_db"]["100"] and figures["r2"] == loaded.r2_table.tolist()
+    card = read_checkpoint(tmp_path / "natural.safetensors").metadata["card"]
+    assert card["data"] == "2 pictures from photos" and card["validation"]["psnr_db"] == figures["psnr_db"]
     x, sigma = torch.rand(1, 3, 16, 16) * 2 - 1, torch.tensor([0.5])
     torch.testing.assert_close(loaded.denoiser(x, sigma), model(x, sigma), atol=2e-3, rtol=2e-3)  # stored in 16 bits
     assert 0 < loaded.r2(0.01) < 0.01**2 * 1.1 and loaded.r2(100.0) > loaded.r2(0.1)
 
 
+def test_image_training_counts_what_it_computes(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr("fastem.training.core.time.monotonic", iter(range(0, 10**6, 11)).__next__)
+    told = []
+    train_image_prior([photos], tmp_path, replace(QUICK, minutes=1e6, max_steps=1), TINY_PRIOR, report=told.append)
+    flops = 3 * NaturalPrior(TINY_PRIOR).flops(16, 16)
+    assert told[0]["tflops"] == pytest.approx(told[0]["samples_per_s"] * flops / 1e12)
+
+
+def test_training_can_start_from_weights(tmp_path, photos):
+    train_image_prior([photos], tmp_path / "first", QUICK, TINY_PRIOR)
+    weights = tmp_path / "first" / "natural.safetensors"
+    short = replace(QUICK, max_steps=1, lr=1e-9)
+    model = train_image_prior([photos], tmp_path / "second", short, TINY_PRIOR, init=weights)
+    for param, stored in zip(model.parameters(), load_model(weights).denoiser.prior.parameters(), strict=True):
+        torch.testing.assert_close(param, stored, atol=1e-6, rtol=1e-6)
+    train_image_prior([photos], tmp_path / "second", replace(short, max_steps=2), TINY_PRIOR, init=weights)  # goes on
+    with pytest.raises(ValueError, match="a run to resume that did not start from .*leave out --init"):
+        train_image_prior([photos], tmp_path / "first", short, TINY_PRIOR, init=weights)
+    card = read_checkpoint(tmp_path / "second" / "natural.safetensors").metadata["card"]
+    assert card["init"] == {"weights": weights.name, "sha256": load_model(weights).sha256}  # also after a resume
+    with pytest.raises(ValueError, match="is another network.*widths=.8, 8.*--size"):
+        train_image_prior([photos], tmp_path / "third", short, init=weights)
+
+
+def test_both_sizes_are_what_they_say():
+    assert NaturalConfig() == SIZES["natural"]
+    with torch.device("meta"):
+        large = NaturalPrior(SIZES["natural-large"])
+    assert 9e6 < sum(p.numel() for p in large.parameters()) < 18e6
+    with pytest.raises(ValueError, match="no weights of 'natural-large' are bundled: train them"):
+        load_model("natural-large")
+
+
+def test_large_size_learns_and_loads(tmp_path):
+    model = NaturalPrior(SIZES["natural-large"])
+    model(torch.zeros(1, 3, 16, 16), torch.ones(1)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    path = tmp_path / f"{name_of(model.config)}.safetensors"
+    save_natural(path, model, r2=None, card="untrained")
+    assert path.name == "natural-large.safetensors"
+    assert load_model(path)(torch.zeros(1, 3, 24, 16), 500.0).shape == (1, 3, 24, 16)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (33, 50)], ids=str)
+@pytest.mark.parametrize("config", [TINY_PRIOR, SIZES["natural"]], ids=["tiny", "natural"])
+def test_operations_are_counted_right(config, size):
+    model = NaturalPrior(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 3, *size), torch.ones(2)).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    assert counts[torch.ops.aten.convolution] == 2 * model.flops(*size)
+    assert counter.get_total_flops() == pytest.approx(6 * model.flops(*size), rel=0.08)  # no gradient of x
+
+
+def test_bfloat16_computes_all_but_the_output(tmp_path, photos):
+    """What runs on GPUs, on a CPU: same path, same weights in float32, nearly the same training."""
+    half = train_image_prior([photos], tmp_path / "half", QUICK, TINY_PRIOR, amp=True)
+    full = train_image_prior([photos], tmp_path / "full", QUICK, TINY_PRIOR, amp=False)
+    for a, b in zip(half.parameters(), full.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=3e-3, rtol=0.1)
+    seen = {}
+    for name, layer in half.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, inputs, out, name=name: seen.update({name: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert half(torch.zeros(1, 3, 16, 16), torch.ones(1)).dtype == torch.float32
+    assert seen.pop("conv_out") == torch.float32 and set(seen.values()) == {torch.bfloat16}
+
+
+def test_network_compiles_into_one_graph():
+    model = NaturalPrior(TINY_PRIOR)
+    nn.init.normal_(model.conv_out.weight)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 1.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x, sigma), model(x, sigma))
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+def shrink(x, sigma, v=0.3):
+    """The best denoiser of white images of variance v."""
+    return x * v / (v + sigma.view(-1, 1, 1, 1) ** 2)
+
+
+def white(*shape):
+    return 0.3**0.5 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
 def test_r2_of_a_known_denoiser():
     """Shrinkage of white images of variance v leaves sigma^2 v / (sigma^2 + v)."""
-    v = 0.3
-    clean = v**0.5 * torch.randn(50, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    table = measure_r2(lambda x, sigma: x * v / (v + sigma.view(-1, 1, 1, 1) ** 2), clean)
-    for sigma, mse in table:
-        assert mse == pytest.approx(sigma**2 * v / (sigma**2 + v), rel=0.03)
+    for sigma, mse in measure_r2(shrink, white(50, 3, 24, 24)):
+        assert mse == pytest.approx(sigma**2 * 0.3 / (sigma**2 + 0.3), rel=0.03)
+
+
+def test_psnr_of_a_known_denoiser():
+    sigma2 = (2 * 50 / 255) ** 2
+    expected = 10 * np.log10(4 / (sigma2 * 0.3 / (sigma2 + 0.3)))
+    assert denoising_psnr(shrink, white(20, 3, 32, 32), 50) == pytest.approx(expected, abs=0.05)
+
+
+def test_size_invariance_tells_borders_from_the_rest():
+    images = [white(3, 200, 100), white(3, 40, 300)]  # the second holds no two tiles
+    same = size_invariance(shrink, images)
+    assert same["images"] == 1 and same["plain"]["difference_db"] == same["interior"]["difference_db"] == 0
+
+    def near_the_border(x, sigma):
+        x = shrink(x, sigma)
+        x[..., :4, :] = 0
+        return x
+
+    found = size_invariance(near_the_border, images)
+    assert found["plain"]["difference_db"] > 0.1 and found["interior"]["difference_db"] == 0
+    found = size_invariance(lambda x, sigma: shrink(x, sigma) * x.shape[-2] / 96, images)
+    assert found["interior"]["difference_db"] < -1
+    assert size_invariance(shrink, [white(3, 96, 100)]) is None
+
+
+def test_validation_takes_the_patch_that_fits_all():
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    assert validate(shrink, [pixels, pixels[:50]], 8, "cpu")["patch"] == 48
+    assert validate(shrink, [pixels] * 2, 8, "cpu")["patch"] == 96
 
 
 def test_image_training_reports_and_logs(tmp_path, photos, monkeypatch):

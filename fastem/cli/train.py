@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,32 +28,48 @@ Cooldown = Annotated[
     typer.Option(min=0, help="minutes of decay at the end; 0 to go on later at the full rate", show_default="a fifth"),
 ]
 Out = Annotated[Path, typer.Option("-o", "--out", help="folder of the run: its state, log and weights")]
+Init = Annotated[
+    str | None, typer.Option(help="weights a fresh run starts from: a bundled name, or a file", show_default="none")
+]
 Seed = Annotated[int, typer.Option(min=0, help="same seed, same run on the same machine")]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="where to compute")]
 
 
 @app.command("image-prior", epilog="example: fastem train image-prior photos/ shard.tar -o run/ --minutes 120")
 def image_prior(
-    data: Annotated[list[Path], typer.Argument(help="folders of images, or tar shards", show_default=False)],
+    data: Annotated[
+        list[Path], typer.Argument(help="folders of images (train/ and metadata.jsonl count), or tar shards")
+    ],
     out: Out = Path("run-image-prior"),
     minutes: Minutes = None,
     cooldown: Cooldown = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="patches per step")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="patches per step and process")] = 32,
     patch: Annotated[int, typer.Option(min=16, help="side of a patch, pixels")] = 48,
+    size: Annotated[Literal["natural", "natural-large"], typer.Option(help="1.8 or 14 million parameters")] = "natural",
+    validation: Annotated[
+        list[Path] | None,
+        typer.Option(help="pictures to validate on (repeatable)", show_default="one in 32 of DATA, by name"),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=1e-8, max=1, help="peak learning rate", show_default="1e-3, with --init 3e-4")
+    ] = None,
+    init: Init = None,
     seed: Seed = 0,
     device: Device = "auto",
     progress: console.ProgressOption = "auto",
     debug: console.Debug = False,
 ) -> None:
     """Train a natural-image prior on your own photos; gives OUT/natural.safetensors for fastem deblur --prior."""
+    from fastem.models.natural import SIZES
     from fastem.training import TrainConfig, train_image_prior
 
-    if missing := [str(path) for path in data if not path.exists()]:
+    if missing := [str(path) for path in [*data, *(validation or [])] if not path.exists()]:
         raise console.OptionError(f"no such file or folder: {', '.join(missing[:3])}")
     config = replace(_timed(TrainConfig(), minutes, cooldown), batch_size=batch_size, patch=patch, seed=seed)
+    config = replace(config, lr=lr or (config.lr if init is None else 3e-4))
     with _running(config.minutes, progress) as (report, stop), console.options_checked():
-        train_image_prior(data, out, config, device=_device(device), report=report, stop=stop)
-    print(out / "natural.safetensors")
+        train_image_prior(data, out, config, SIZES[size], _device(device), init, validation, report=report, stop=stop)
+    _tell_result(out / f"{size}.safetensors")
 
 
 @app.command("kernel-denoiser", epilog="example: fastem train kernel-denoiser -o run/ --minutes 12")
@@ -60,9 +77,7 @@ def kernel_denoiser(
     out: Out = Path("run-kernel-denoiser"),
     minutes: Minutes = None,
     cooldown: Cooldown = None,
-    init: Annotated[
-        str | None, typer.Option(help="weights a fresh run starts from: a bundled name, or a file", show_default="none")
-    ] = None,
+    init: Init = None,
     seed: Seed = 0,
     device: Device = "auto",
     progress: console.ProgressOption = "auto",
@@ -75,7 +90,7 @@ def kernel_denoiser(
     config = replace(_timed(DEFAULTS, minutes, cooldown), seed=seed)
     with _running(config.minutes, progress) as (report, stop), console.options_checked():
         train_kernel_denoiser(out, config, device=_device(device), init=init, report=report, stop=stop)
-    print(out / "kernel.safetensors")
+    _tell_result(out / "kernel.safetensors")
 
 
 def _timed(config, minutes: float | None, cooldown: float | None):
@@ -83,6 +98,11 @@ def _timed(config, minutes: float | None, cooldown: float | None):
     minutes = config.minutes if minutes is None else minutes
     share = config.cooldown / config.minutes
     return replace(config, minutes=minutes, cooldown=share * minutes if cooldown is None else cooldown)
+
+
+def _tell_result(path: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun the first one wrote it
+        print(path)
 
 
 def _device(name: str) -> str:
@@ -102,7 +122,10 @@ def _running(minutes: float, mode: console.ProgressMode) -> Iterator[tuple[Calla
 
             def report(record: dict) -> None:
                 text = f"step {record['step']}  loss {record['loss']:.4f}  {record['samples_per_s']:.0f} samples/s"
-                bar(text, record["minutes"], minutes)
+                if "tflops" in record:
+                    text += f"  {record['tflops']:.3g} TFLOP/s"
+                bands = " ".join(f"{band:.2g}" for band in record.get("bands", []))
+                bar(f"{text}  by noise {bands}" if bands else text, record["minutes"], minutes)
 
             yield report, lambda: bool(pulled)
     finally:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastem.io import atomic_write
 from fastem.models.eps import DenoiserEps, EpsModel, UNetEps
 from fastem.models.fused import FusedNaturalPrior
-from fastem.models.natural import NaturalConfig, NaturalPrior
+from fastem.models.natural import SIZES, NaturalConfig, NaturalPrior
 from fastem.models.unet import UNet, UNetConfig
 
 MAX_BYTES = 4 << 30
@@ -450,6 +450,11 @@ def read_named(source: str | Path, formats: Collection[str]) -> Checkpoint:
             checkpoint = read_checkpoint(path)
         if checkpoint.metadata.get("format") in formats:
             return checkpoint
+    if source in SIZES and NATURAL in formats:
+        raise CheckpointError(
+            f"no weights of {_quoted(source)} are bundled: train them, fastem train image-prior PHOTOS --size {source} "
+            f"-o run/, on a GPU best, and give run/{source}.safetensors"
+        )
     names = bundled_models(formats)
     raise CheckpointError(
         f"no bundled model {_quoted(source)} for this use{_hint(source, names)}; bundled: "

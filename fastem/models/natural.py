@@ -35,6 +35,12 @@ class NaturalConfig:
         return cls(**{**config, "widths": tuple(config["widths"])})
 
 
+SIZES = {  # by name, also that of the weights file
+    "natural": NaturalConfig(),  # 1.8 M parameters
+    "natural-large": NaturalConfig(widths=(128, 192, 256), num_blocks=4, embedding=128),  # 14.0 M parameters, for a GPU
+}
+
+
 class ResBlock(nn.Module):
     """`x + conv(act(film(conv(act(x)))))`, the second convolution starting at zero."""
 
@@ -86,6 +92,22 @@ class NaturalPrior(nn.Module):
         """Height and width are padded to multiples of this inside `forward`."""
         return self.config.unshuffle * 2 ** (len(self.config.widths) - 1)
 
+    def flops(self, height: int, width: int) -> int:
+        """Floating-point operations of the convolutions for one image; a training step takes three times as many."""
+        blocks = -(-height // self.stride) * -(-width // self.stride)
+        pixels = blocks * (self.stride // self.config.unshuffle) ** 2  # of the finest level
+
+        def weights(blocks: nn.ModuleList) -> int:
+            return sum(block.conv1.weight.numel() + block.conv2.weight.numel() for block in blocks)
+
+        total = pixels * (self.conv_in.weight.numel() + self.conv_out.weight.numel())
+        for encoder, decoder, down, up in zip(self.encoder, self.decoder, self.down, self.up, strict=True):
+            total += pixels * (weights(encoder) + weights(decoder))
+            pixels //= 4
+            total += pixels * (down.weight.numel() + up.weight.numel())
+        total += pixels * weights(self.middle)
+        return 2 * total
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         x = pad_to_multiple(x, self.stride)
@@ -115,7 +137,9 @@ class NaturalPrior(nn.Module):
             h = up(h) + skips.pop()
             for block in blocks:
                 h = block(h, emb)
-        return F.pixel_shuffle(self.conv_out(h), self.config.unshuffle)
+        with torch.autocast(h.device.type, enabled=False):  # 16 bits end here: the loss of low noise needs more
+            out = self.conv_out(h.to(self.conv_out.weight.dtype))
+        return F.pixel_shuffle(out, self.config.unshuffle)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

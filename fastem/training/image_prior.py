@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastem import io
-from fastem.models.checkpoints import save_natural
-from fastem.models.natural import NaturalConfig, NaturalPrior
+from fastem.models.checkpoints import load_model, save_natural
+from fastem.models.eps import DenoiserEps
+from fastem.models.natural import SIZES, NaturalConfig, NaturalPrior
+from fastem.training import parallel
 from fastem.training.core import BandBalance, TrainConfig, Trainer
+from fastem.training.data import Pictures, hold_out, read_pictures, validation_split, without
+from fastem.training.validation import validate
 
 
 class ImagePool:
@@ -80,58 +84,114 @@ def train_image_prior(
     config: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
     network: NaturalConfig = NaturalConfig(),  # noqa: B008  (frozen)
     device: str = "cpu",
+    init: str | Path | None = None,
+    validation: list[Path] | None = None,
+    amp: bool | None = None,
     report: Callable[[dict], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> NaturalPrior:
-    """Trains (or resumes) a natural-image prior on folders of images or tar shards.
+    """Trains (or resumes) a natural-image prior on folders of images or tar shards; see `data.read_pictures`.
 
-    Writes `out/training.pt` (resume state), `out/log.jsonl` and `out/natural.safetensors`, and returns the model with
-    averaged weights; also where `stop()`, asked before each step, ends it early.
+    Writes `out/training.pt` (resume state), `out/log.jsonl`, `out/validation.json` and the weights, `out/natural`
+    (or another name of `SIZES`) `.safetensors`; returns the model with averaged weights. All of that also where
+    `stop()`, asked before each step, ends it early. Under torchrun the processes train together.
+
+    Args:
+        init: weights a fresh run starts from, a bundled name or a file.
+        validation: pictures to validate on, instead of a validation folder beside `train/` or of those held out.
+        amp: whether the network computes in bfloat16, all but its last layer; by default on GPUs that can.
+
+    Raises:
+        ValueError: if there is nothing to train on, or `init` does not fit the network or the run to resume.
     """
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    model = NaturalPrior(network).to(memory_format=torch.channels_last)
-    trainer = Trainer(model, config, out / "training.pt", device)
-    images = list(io.iter_training_images(data))
-    pool = ImagePool(multi_scale(images), config.patch, device)
+    with parallel.joined(device) as device:
+        on_gpu = device.startswith("cuda")
+        amp = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) if amp is None else amp
+        torch.manual_seed(config.seed)
+        model = NaturalPrior(network)
+        notes = {} if init is None else {"init": _start_from(init, model)}
+        model = model.to(memory_format=torch.channels_last)
+        flops = 3 * model.flops(config.patch, config.patch)
+        trainer = Trainer(model, config, out / "training.pt", device, flops=flops, compiled=on_gpu, notes=notes)
+        if init is not None and trainer.notes != notes:
+            raise ValueError(
+                f"{out} holds a run to resume that did not start from {init}: leave out --init, or give another folder"
+            )
+        training, held_out = read_data(data, validation)
+        pool = ImagePool(multi_scale([pixels for _, pixels in training]), config.patch, device)
 
-    def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
-        clean = pool.sample(config.batch_size, generator)
-        sigma = sample_sigma(config.batch_size, generator, device)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
-        error = (model(noisy, sigma) - clean).square().mean(dim=(1, 2, 3))
-        c_out2 = (sigma * network.sigma_data) ** 2 / (sigma**2 + network.sigma_data**2)
-        return balance(error / c_out2, sigma)
+        def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
+            clean = pool.sample(config.batch_size, generator)
+            sigma = sample_sigma(config.batch_size, generator, device)
+            noise = torch.randn(clean.shape, generator=generator, device=device)
+            noisy = (clean + sigma[:, None, None, None] * noise).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(pool.flat.device.type, torch.bfloat16, enabled=amp):
+                denoised = model(noisy, sigma)
+            error = (denoised - clean).square().mean(dim=(1, 2, 3))
+            c_out2 = (sigma * network.sigma_data) ** 2 / (sigma**2 + network.sigma_data**2)
+            return balance(error / c_out2, sigma)
 
-    for record in trainer.run(loss_of, stop):
-        report(record)
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
+        for record in trainer.run(loss_of, stop):
+            if parallel.rank() == 0:
+                report(record)
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps(record) + "\n")
+        num_processes = parallel.size()
+        first = parallel.rank() == 0
     trainer.ema.copy_to(model)
     model.eval()
-    r2 = measure_r2(model, pool.sample(64, torch.Generator(device).manual_seed(config.seed)))
+    if not first:
+        return model
+    figures = {
+        "what": f"{name_of(network)} after {trainer.step} steps, averaged weights, float32",
+        "held_out": held_out is not training,  # from this run; what the weights of --init saw is not known here
+        **validate(model, [pixels for _, pixels in held_out], model.stride, device),
+    }
+    with io.atomic_write(out / "validation.json") as file:
+        file.write(json.dumps(figures, indent=1).encode())
+    r2 = figures.pop("r2")
     card = {
         "what": "denoiser of natural images in [-1, 1], any size",
-        "data": f"{len(images)} pictures from {', '.join(path.name for path in data)}",
-        "recipe": {**asdict(config), "num_steps": trainer.step, "total_minutes": round(trainer.seconds / 60, 1)},
-        "r2": "mean squared error on 64 patches of the training images",
+        "data": f"{len(training)} pictures from {', '.join(path.name for path in data)}",
+        **trainer.notes,
+        "recipe": {**asdict(config), "num_steps": trainer.step, "bfloat16": amp},
+        "compute": {
+            "minutes": round(trainer.seconds / 60, 1),
+            "processes": num_processes,
+            "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads each",
+        },
+        "validation": figures,
+        "r2": f"mean squared error on {figures['pictures']} patches of {figures['patch']} pixels",
     }
-    save_natural(out / "natural.safetensors", model, r2=r2, card=card)
+    save_natural(out / f"{name_of(network)}.safetensors", model, r2=r2, card=card)
     return model
 
 
-@torch.no_grad()
-def measure_r2(model: nn.Module, clean: Tensor, num_levels: int = 20, seed: int = 0) -> list[list[float]]:
-    """`[[sigma, mean squared error], ...]` of `model(x, sigma)` on clean images `(N, C, H, W)` in [-1, 1].
+def name_of(network: NaturalConfig) -> str:
+    """The name of a size, also that of its weights file; other networks go by that of the default."""
+    return next((name for name, config in SIZES.items() if config == network), "natural")
 
-    Levels are log-uniform over those of training. The error is that of x0_hat in PiGDM, which `EpsModel.r2` looks up.
-    """
-    generator = torch.Generator(clean.device).manual_seed(seed)
-    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-    levels = torch.linspace(math.log(0.005), math.log(160.0), num_levels, dtype=torch.float64).exp().tolist()
-    table = []
-    for sigma in levels:
-        x0_hat = model(clean + sigma * noise, torch.full((len(clean),), sigma, device=clean.device))
-        table.append([sigma, (x0_hat - clean).square().mean().item()])
-    return table
+
+def _start_from(init: str | Path, model: NaturalPrior) -> dict:
+    """Copies the weights of a natural-image prior, and tells where they come from, for the card."""
+    loaded = load_model(init)
+    if not isinstance(loaded, DenoiserEps) or loaded.denoiser.config != model.config:
+        what = loaded.denoiser.config if isinstance(loaded, DenoiserEps) else type(loaded).__name__
+        raise ValueError(f"--init {init} is another network: {what}; to be trained is {model.config} (--size)")
+    model.load_state_dict(loaded.denoiser.prior.state_dict())
+    return {"weights": Path(init).name, "sha256": loaded.sha256}
+
+
+def read_data(data: list[Path], validation: list[Path] | None) -> tuple[Pictures, Pictures]:
+    """`(pictures to train on, pictures to validate on)`; the same list twice if there is but one picture."""
+    pictures = list(read_pictures(data))
+    if not pictures:
+        raise ValueError(f"no pictures in {', '.join(map(io.shown, data))}; give folders of images, or tar shards")
+    given = validation or validation_split(data)
+    if not given:
+        return hold_out(pictures)
+    held_out = list(read_pictures(given))
+    if not held_out:
+        raise ValueError(f"no pictures to validate on in {', '.join(map(io.shown, given))}")
+    return without(pictures, held_out), held_out
