@@ -1,19 +1,21 @@
 """The M-step against the plain FFT loop of the released program, in one process: `python benchmarks/bench_mstep.py`.
 
 Both see the same images, start and denoiser, on one thread; the calls alternate, the ratio is that of the medians.
+`--recentre` adds the shift that follows: on the device here, through the host and scipy in the released program.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import math
-import statistics
-import time
+from collections.abc import Sequence
+from functools import partial
 
+import harness
 import torch
 from torch import Tensor
 
-from fastem import ops
+from fastem import ops, runtime
 from fastem.models import load_kernel_denoiser
 from fastem.mstep import PnP, mstep
 from fastem.ops import native, reference
@@ -32,9 +34,9 @@ def plain_fft_mstep(
     height, width = y.shape[-2:]
     h, w = k.shape[-2:]
     weight = sigma**2 * beta
-    noise_std = torch.tensor([math.sqrt(lam / beta)], dtype=k.dtype)
+    noise_std = torch.full((1,), math.sqrt(lam / beta), dtype=k.dtype, device=k.device)
     for _ in range(num_iters):
-        padded = torch.zeros(1, 1, height, width, dtype=k.dtype)
+        padded = torch.zeros(1, 1, height, width, dtype=k.dtype, device=k.device)
         padded[..., :h, :w] = k
         K = torch.fft.fft2(padded.roll((-(h // 2), -(w // 2)), dims=(-2, -1)))[0, 0]
         solutions = []
@@ -47,6 +49,16 @@ def plain_fft_mstep(
         z = reference.project_kernel(z)
         k = reference.project_kernel(reference.denoise_chain(z, noise_std, *chain))
     return k
+
+
+def host_recentre(k: Tensor) -> Tensor:
+    """The shift of the centre of mass to the centre, by scipy on the host, as the released program does it."""
+    from scipy import ndimage
+
+    image = k[0, 0].cpu().numpy()
+    centre = [s // 2 + 0.5 * (1 - s % 2) for s in image.shape]
+    offset = [c - m for c, m in zip(centre, ndimage.center_of_mass(image), strict=True)]
+    return torch.from_numpy(ndimage.shift(image, offset)).to(k.device)[None, None]
 
 
 def problem(n: int, size: int, ksize: int, sigma: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,56 +75,49 @@ def problem(n: int, size: int, ksize: int, sigma: float, seed: int) -> tuple[Ten
     return y, x0_hat, delta
 
 
-def alternate(functions: dict, rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each function, one call of each per round: other programs on the machine do not count."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            if round_:  # the first round warms up
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256])
     parser.add_argument("--kernels", type=int, nargs="+", default=[33])
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="on a GPU wall time, each call waited for")
+    parser.add_argument("--recentre", action="store_true", help="with the shift to the centre that follows each M-step")
+    args = parser.parse_args(arguments)
+    device = runtime.resolve_device(args.device)
     torch.set_num_threads(1)
-    denoiser = load_kernel_denoiser("kernel")
+    denoiser = load_kernel_denoiser("kernel").to(device)
     chain, prior, sigma = denoiser.as_chain(), PnP(denoiser), 5 / 255
-    print(f"torch {torch.__version__}, {native.build_info()}, 1 thread, float32, CPU time, medians of {args.rounds}")
-    print("image  K   n   plain FFT    reference    native   ratio   max |difference|")
-    for size in args.sizes:
-        for ksize in args.kernels:
-            for n in args.particles:
-                y, x0_hat, k = problem(n, size, ksize, sigma, seed=n)
-                options = {"sigma": sigma, "prior": prior, "compat": "released"}
+    clock = harness.clock_of(device, cpu_time=True)
+    where = "1 thread, CPU time" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"torch {torch.__version__}, {native.build_info()}, {where}, float32, medians of {args.rounds}")
+    print("image  K   n   plain FFT    reference    native   ratio (quartiles)    max |difference|")
+    rows = []
+    for size, ksize, n in itertools.product(args.sizes, args.kernels, args.particles):
+        y, x0_hat, k = (t.to(device) for t in problem(n, size, ksize, sigma, seed=n))
 
-                def fast(backend, data=(y, x0_hat, k), options=options):
-                    with ops.use_backend(backend), torch.no_grad():
-                        return mstep(*data, **options)
+        def plain(y=y, x0_hat=x0_hat, k=k):
+            k = plain_fft_mstep(y, x0_hat, k, sigma=sigma, chain=chain)
+            return host_recentre(k) if args.recentre else k
 
-                with torch.no_grad():
-                    plain = plain_fft_mstep(y, x0_hat, k, sigma=sigma, chain=chain)
-                    times = alternate(
-                        {
-                            "plain": lambda data=(y, x0_hat, k): plain_fft_mstep(*data, sigma=sigma, chain=chain),
-                            "reference": lambda: fast("reference"),
-                            "native": lambda: fast("native"),
-                        },
-                        args.rounds,
-                    )
-                    difference = (fast("native") - plain).abs().max().item()
-                ms = {name: 1e3 * seconds for name, seconds in times.items()}
-                print(
-                    f"{size:5d} {ksize:3d} {n:3d} {ms['plain']:9.1f} ms {ms['reference']:9.1f} ms "
-                    f"{ms['native']:6.1f} ms {ms['plain'] / ms['native']:6.1f}x  {difference:.1e}"
-                )
+        def fast(backend, y=y, x0_hat=x0_hat, k=k):
+            with ops.use_backend(backend):
+                k = mstep(y, x0_hat, k, sigma=sigma, prior=prior, compat="released")
+                return ops.recentre(k) if args.recentre else k
+
+        fastest = "native" if native.available() else "reference"
+        calls = {"plain": plain} | {name: partial(fast, name) for name in dict.fromkeys(("reference", fastest))}
+        with torch.no_grad():
+            times = harness.alternate(calls, args.rounds, clock)
+            difference = (fast(fastest) - plain()).abs().max().item()
+        row = {"size": size, "kernel_size": ksize, "particles": n, "recentre": args.recentre, "difference": difference}
+        row |= harness.summary(times, "plain", fastest)
+        rows.append(row)
+        shown = "".join(f"{value:9.1f} ms " for value in row["median_ms"].values())
+        low, high = row["ratio_quartiles"]
+        print(f"{size:5d} {ksize:3d} {n:3d} {shown} {row['ratio']:5.1f}x ({low:.1f} to {high:.1f})  {difference:.1e}")
+    if args.json:
+        harness.write(args.json, "mstep", rows, device=args.device, threads=1)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ both; the ratio is that of the medians.
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import harness
 import torch
 from torch import Tensor
 
@@ -53,39 +52,42 @@ def step_seconds(engine: Deblurrer, y: Tensor, clock: Callable[[], float]) -> li
     return [end - start for start, end in zip(ends, ends[1:], strict=False)][len(ends) // 2 :]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--kernel", type=int, default=33)
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--guidance", nargs="+", default=["mean"], help="mean, pigdm (one backward pass a step) or dps")
+    parser.add_argument("--prior", default="natural")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--cpu-time", action="store_true", help="CPU seconds of the process: for a machine that is shared"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    clock = harness.clock_of(torch.device("cpu"), args.cpu_time)
     shape = f"{args.size} x {args.size}, kernel {args.kernel}"
     print(f"{shape}, float32, CPU, {'CPU' if args.cpu_time else 'wall'} ms per step: median (fastest)")
     print(f"torch {torch.__version__}; {native.build_info()}")
-    y = problem(args.size, args.kernel)
-    for guidance in args.guidance:
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            for n in args.particles:
-                options = {"guidance": guidance, "steps": STEPS, "particles": n, "kernel_size": args.kernel}
-                engines = {name: Deblurrer(**options, backend=name, device="cpu") for name in ("reference", "native")}
-                times: dict[str, list[float]] = {backend: [] for backend in engines}
-                for round_ in range(args.rounds + 1):
-                    for backend, engine in engines.items():
-                        seconds = step_seconds(engine, y, clock)
-                        times[backend] += seconds if round_ else []  # the first round warms up
-                medians = {backend: statistics.median(values) for backend, values in times.items()}
-                shown = "  ".join(f"{b} {1e3 * medians[b]:.0f} ({1e3 * min(v):.0f})" for b, v in times.items())
-                ratio = medians["reference"] / medians["native"]
-                print(f"{guidance}, {threads} threads, n = {n}: {shown}  ratio {ratio:.2f}", flush=True)
+    y, rows = problem(args.size, args.kernel), []
+    backends = ("reference", "native" if native.available() else "auto")
+    for guidance, threads, n in itertools.product(args.guidance, args.threads, args.particles):
+        torch.set_num_threads(threads)
+        options = {"guidance": guidance, "steps": STEPS, "particles": n, "kernel_size": args.kernel}
+        engines = {name: Deblurrer(args.prior, **options, backend=name, device="cpu") for name in backends}
+        times: dict[str, list[float]] = {backend: [] for backend in engines}
+        for round_ in range(args.rounds + 1):
+            for backend, engine in engines.items():
+                seconds = step_seconds(engine, y, clock)
+                times[backend] += seconds if round_ else []  # the first round warms up
+        row = {"size": args.size, "kernel_size": args.kernel, "guidance": guidance, "threads": threads, "particles": n}
+        row |= harness.summary(times, *backends)
+        rows.append(row)
+        shown = "  ".join(f"{b} {row['median_ms'][b]:.0f} ({row['fastest_ms'][b]:.0f})" for b in engines)
+        print(f"{guidance}, {threads} threads, n = {n}: {shown}  ratio {row['ratio']:.2f}", flush=True)
+    if args.json:
+        harness.write(args.json, "step", rows, clock="CPU" if args.cpu_time else "wall")
 
 
 if __name__ == "__main__":

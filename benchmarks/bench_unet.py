@@ -1,4 +1,4 @@
-"""The bundled prior by fused native convolutions against eager torch: `python benchmarks/bench_unet.py`.
+"""A network as fastem runs it against eager torch: `python benchmarks/bench_unet.py [--net small-random --size 64]`.
 
 One process. Both see the same weights and image and the calls alternate, so that what else runs on the machine slows
 both. Eager is measured plain and with channels-last weights and image; the ratio is to the faster one, of medians.
@@ -6,21 +6,24 @@ both. Eager is measured plain and with channels-last weights and image; the rati
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import harness
 import torch
 from torch import Tensor, nn
 
+from fastem import profiling
 from fastem.models.fused import FusedNaturalPrior
 from fastem.models.natural import NaturalPrior
-from fastem.ops import native
+from fastem.ops import native, use_backend
+
+Net = Callable[[Tensor, Tensor], Tensor]
 
 
-def networks() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def natural() -> dict[str, Net]:
     """The same random weights three times; those that start at zero get a little noise."""
     torch.manual_seed(0)
     net = NaturalPrior().requires_grad_(False).eval()
@@ -31,8 +34,31 @@ def networks() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return {
         "eager": net,
         "eager, channels last": lambda x, sigma: last(x.contiguous(memory_format=torch.channels_last), sigma),
-        "fused": FusedNaturalPrior(net),
+        "fastem": FusedNaturalPrior(net),
     }
+
+
+def adm(name: str) -> dict[str, Net]:
+    """A U-Net of guided diffusion with random weights: plain torch, and what the default backend makes of it."""
+    net = profiling.random_unet(profiling.RANDOM[name])
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+
+    def plain(net: nn.Module) -> Net:
+        def run(x: Tensor, sigma: Tensor) -> Tensor:
+            with use_backend("reference"):
+                return net(x, 500.0)[:, :3]
+
+        return run
+
+    return {
+        "eager": plain(net),
+        "eager, channels last": lambda x, _: plain(last)(x.contiguous(memory_format=torch.channels_last), _),
+        "fastem": lambda x, _: net(x, 500.0)[:, :3],
+    }
+
+
+def networks(name: str) -> dict[str, Net]:
+    return natural() if name == "natural" else adm(name)
 
 
 def forward(net: Callable, x: Tensor, sigma: Tensor, v: Tensor) -> None:
@@ -53,34 +79,9 @@ def problem(batch: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.full((batch,), 0.5), v
 
 
-def alternate(
-    functions: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every call, one call of each per round; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(rounds + 1):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            if round_:
-                times[name].append(clock() - start)
-    return times
-
-
-def pytest_generate_tests(metafunc) -> None:
-    if "task" in metafunc.fixturenames:
-        metafunc.parametrize("name", ["eager", "eager, channels last", "fused"])
-        metafunc.parametrize("task", list(TASKS))
-
-
-def test_unet(benchmark, task: str, name: str) -> None:
-    """For pytest-benchmark: `pytest benchmarks/bench_unet.py --benchmark-group-by=group`."""
-    benchmark.group = f"unet, {task}"
-    benchmark(TASKS[task], networks()[name], *problem(1, 256))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--net", default="natural", choices=["natural", *profiling.RANDOM])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -88,22 +89,26 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="CPU seconds of the process: for a machine that is shared"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    shape = f"{args.batch} x 3 x {args.size} x {args.size}"
+    clock = harness.clock_of(torch.device("cpu"), args.cpu_time)
+    shape = f"{args.net}, {args.batch} x 3 x {args.size} x {args.size}"
     print(f"{shape}, float32, {'CPU' if args.cpu_time else 'wall'} ms: median (fastest)")
     print(f"torch {torch.__version__}; {native.build_info()}")
-    inputs, nets = problem(args.batch, args.size), networks()
+    inputs, nets, rows = problem(args.batch, args.size), networks(args.net), []
     for threads in args.threads:
         torch.set_num_threads(threads)
         for task, function in TASKS.items():
-            calls = {name: lambda net=net, function=function: function(net, *inputs) for name, net in nets.items()}
-            times = alternate(calls, args.rounds, clock)
-            medians = {name: statistics.median(values) for name, values in times.items()}
-            shown = "  ".join(f"{name} {1e3 * medians[name]:.0f} ({1e3 * min(times[name]):.0f})" for name in nets)
-            best = min(medians[name] for name in nets if name != "fused")
-            print(f"{threads} threads, {task}: {shown}  ratio {best / medians['fused']:.2f}", flush=True)
+            calls = {name: partial(function, net, *inputs) for name, net in nets.items()}
+            times = harness.alternate(calls, args.rounds, clock)
+            best = min((name for name in nets if name != "fastem"), key=lambda name: statistics.median(times[name]))
+            row = {"net": args.net, "size": args.size, "batch": args.batch, "threads": threads, "task": task}
+            row |= harness.summary(times, best, "fastem")
+            rows.append(row)
+            shown = "  ".join(f"{name} {row['median_ms'][name]:.0f} ({row['fastest_ms'][name]:.0f})" for name in nets)
+            print(f"{threads} threads, {task}: {shown}  ratio {row['ratio']:.2f}", flush=True)
+    if args.json:
+        harness.write(args.json, "unet", rows, clock="CPU" if args.cpu_time else "wall")
 
 
 if __name__ == "__main__":
