@@ -1,0 +1,78 @@
+"""Blocks and networks, steps and whole restorations."""
+
+from __future__ import annotations
+
+import torch
+from test_kernels import randn
+
+from fastem import profiling
+from fastem.models.unet import ResBlock, UNetConfig
+from fastem.profiling import Workload
+
+DTYPES = {"cpu": ["float32"], "cuda": ["float32", "float16"]}
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "dtype" in metafunc.fixturenames:
+        name = metafunc.config.getoption("--device")
+        cuda = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+        metafunc.parametrize("dtype", DTYPES["cuda" if cuda else "cpu"])
+    if "task" in metafunc.fixturenames:
+        metafunc.parametrize("task", ["forward", "forward + VJP"])
+
+
+def run(net, task: str):
+    """`call(x, v)` for a network of x alone."""
+
+    def forward(x, v):
+        return net(x)
+
+    def forward_and_vjp(x, v):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(net(x), x, v)
+
+    return forward if task == "forward" else forward_and_vjp
+
+
+def test_resblock(bench, B, task, dtype):
+    """The residual block of the widest level, which is most of the FLOPs of the network."""
+    size, width = bench.sizes["net_size"], 128
+    torch.manual_seed(0)
+    block = ResBlock(width, width, UNetConfig(widths=(width,), base=width)).requires_grad_(False)
+    torch.nn.init.normal_(block.out_layers[3].weight, std=0.02)
+    block = block.to(bench.device, getattr(torch, dtype), memory_format=torch.channels_last)
+    emb = randn(bench, B, 4 * width).to(getattr(torch, dtype))
+    x, v = (randn(bench, B, width, size, size).to(getattr(torch, dtype), memory_format=torch.channels_last)
+            for _ in range(2))  # fmt: skip
+    bench("resblock", run(lambda x: block(x, emb), task), (x, v), B=B, size=size, task=task, dtype=dtype)
+
+
+def test_unet(bench, B, task, dtype):
+    """The network of the step, random weights."""
+    size, name = bench.sizes["net_size"], bench.sizes["net"]
+    workload = Workload(prior=name, dtype=dtype, channels_last=bench.device.type == "cuda")
+    model = profiling.load_prior(workload, bench.device)
+    x, v = randn(bench, B, 3, size, size), randn(bench, B, 3, size, size)
+    bench("unet", run(lambda x: model(x, 500.0), task), (x, v), B=B, size=size, task=task, dtype=dtype, net=name)
+
+
+def test_step(bench, n, dtype):
+    """Steps of Fast EM PiGDM as the loop runs them; the figures are for all of them."""
+    sizes, steps = bench.sizes, min(bench.sizes["steps"], 5)
+    call = profiling.prepare(Workload(
+        size=(sizes["net_size"],) * 2, particles=n, kernel_size=sizes["kernel"], guidance="pigdm", prior=sizes["net"],
+        device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda",
+    ))  # fmt: skip
+    bench("step", lambda: call(steps), steps=steps, n=n, size=sizes["net_size"], dtype=dtype, net=sizes["net"])
+
+
+def test_e2e(bench, B, dtype):
+    """All steps of Fast EM PiGDM for a batch of images, one particle each."""
+    sizes = bench.sizes
+    call = profiling.prepare(Workload(
+        size=(sizes["net_size"],) * 2, batch=B, kernel_size=sizes["kernel"], guidance="pigdm", prior=sizes["net"],
+        device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda",
+    ))  # fmt: skip
+    bench("e2e", lambda: call(sizes["steps"]), steps=sizes["steps"], B=B, size=sizes["net_size"], dtype=dtype,
+          net=sizes["net"])  # fmt: skip
