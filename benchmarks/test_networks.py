@@ -7,6 +7,7 @@ from test_kernels import randn
 
 from fastem import profiling
 from fastem.models.unet import ResBlock, UNetConfig
+from fastem.ops import use_backend
 from fastem.profiling import Workload
 
 DTYPES = {"cpu": ["float32"], "cuda": ["float32", "float16"]}
@@ -17,6 +18,8 @@ def pytest_generate_tests(metafunc) -> None:
         name = metafunc.config.getoption("--device")
         cuda = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
         metafunc.parametrize("dtype", DTYPES["cuda" if cuda else "cpu"])
+        if "engine" in metafunc.fixturenames:  # compiling takes minutes: on a GPU only
+            metafunc.parametrize("engine", ["fastem", "compiled"] if cuda else ["fastem"])
     if "task" in metafunc.fixturenames:
         metafunc.parametrize("task", ["forward", "forward + VJP"])
 
@@ -48,23 +51,26 @@ def test_resblock(bench, B, task, dtype):
     bench("resblock", run(lambda x: block(x, emb), task), (x, v), B=B, size=size, task=task, dtype=dtype)
 
 
-def test_unet(bench, B, task, dtype):
-    """The network of the step, random weights."""
-    size, name = bench.sizes["net_size"], bench.sizes["net"]
-    workload = Workload(prior=name, dtype=dtype, channels_last=bench.device.type == "cuda")
+def test_unet(bench, B, task, dtype, engine):
+    """The network of the step, random weights: as fastem runs it, and plain torch by torch.compile."""
+    size, name, cuda = bench.sizes["net_size"], bench.sizes["net"], bench.device.type == "cuda"
+    workload = Workload(prior=name, dtype=dtype, channels_last=cuda, compile=engine == "compiled")
     model = profiling.load_prior(workload, bench.device)
     x, v = randn(bench, B, 3, size, size), randn(bench, B, 3, size, size)
-    bench("unet", run(lambda x: model(x, 500.0), task), (x, v), B=B, size=size, task=task, dtype=dtype, net=name)
+    with use_backend("reference" if engine == "compiled" else "auto"):
+        bench("unet", run(lambda x: model(x, 500.0), task), (x, v), B=B, size=size, task=task, dtype=dtype, net=name,
+              engine=engine)  # fmt: skip
 
 
-def test_step(bench, n, dtype):
-    """Steps of Fast EM PiGDM as the loop runs them; the figures are for all of them."""
+def test_step(bench, n, dtype, engine):
+    """Steps of Fast EM PiGDM as the loop runs them, and with the network by torch.compile; the figures are for all."""
     sizes, steps = bench.sizes, min(bench.sizes["steps"], 5)
     call = profiling.prepare(Workload(
         size=(sizes["net_size"],) * 2, particles=n, kernel_size=sizes["kernel"], guidance="pigdm", prior=sizes["net"],
-        device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda",
+        device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda", compile=engine == "compiled",
     ))  # fmt: skip
-    bench("step", lambda: call(steps), steps=steps, n=n, size=sizes["net_size"], dtype=dtype, net=sizes["net"])
+    bench("step", lambda: call(steps), steps=steps, n=n, size=sizes["net_size"], dtype=dtype, net=sizes["net"],
+          engine=engine)  # fmt: skip
 
 
 def test_e2e(bench, B, dtype):

@@ -71,6 +71,7 @@ class Workload:
     backend: str = "auto"
     dtype: str = "float32"  # of the blocks of a U-Net
     channels_last: bool = False
+    compile: bool = False  # the network by torch.compile, max-autotune: the peer that kernels of our own must beat
 
 
 # ------------------------------------------------------------------------------------------------ the work
@@ -103,7 +104,10 @@ def load_prior(workload: Workload, device: torch.device) -> EpsModel:
             raise ValueError(f"dtype {workload.dtype} is for U-Nets such as ffhq-random, not for {workload.prior!r}")
         model.net.set_torso_dtype(getattr(torch, workload.dtype))
     layout = torch.channels_last if workload.channels_last else torch.preserve_format
-    return model.to(device, memory_format=layout).eval()
+    model = model.to(device, memory_format=layout).eval()
+    if workload.compile:
+        model.compile(mode="max-autotune")
+    return model
 
 
 def problem(size: tuple[int, int], batch: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -92,3 +94,159 @@ def test_a_wrong_configuration_is_noticed():
     config = UNetConfig(widths=(32, 64), base=32, num_head_channels=32)
     wrong = script("cost_model").unet(UNetConfig(widths=(32, 96), base=32, num_head_channels=32), 32, 32)
     assert dispatched(lambda: UNet(config), 32, 32, vjp=False) != wrong.forward
+
+
+# ------------------------------------------------------------------------------------------------ every script once
+
+
+def read(path: Path) -> dict:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert {"kind", "date", "device", "environment", "rows"} <= record.keys() and record["rows"]
+    return record
+
+
+def test_mstep_script(tmp_path, capsys):
+    given = "--sizes 32 --kernels 9 --particles 2 --rounds 2 --recentre --json".split()
+    script("bench_mstep").main([*given, str(tmp_path / "a.json")])
+    (row,) = read(tmp_path / "a.json")["rows"]
+    assert row["difference"] < 1e-5  # two ways to one kernel
+    assert row["ratio"] == pytest.approx(row["median_ms"][row["base"]] / row["median_ms"][row["fast"]])
+    assert "32   9   2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("net", ["natural", "small-random"])
+def test_unet_script(tmp_path, net):
+    given = f"--net {net} --size 16 --threads 1 --rounds 1 --cpu-time --json".split()
+    script("bench_unet").main([*given, str(tmp_path / "a.json")])
+    assert [row["task"] for row in read(tmp_path / "a.json")["rows"]] == ["forward", "forward + VJP"]
+
+
+def test_step_script(tmp_path):
+    given = "--size 32 --kernel 7 --particles 1 --threads 1 --rounds 1 --cpu-time --json".split()
+    script("bench_step").main([*given, str(tmp_path / "a.json")])
+    assert read(tmp_path / "a.json")["rows"][0]["guidance"] == "mean"
+
+
+def test_scaling_script(tmp_path, capsys):
+    given = "--batch 1 2 --particles 1 --sizes 16 --kernels 7 9 --steps 1 --device cpu --json".split()
+    script("scaling").main([*given, str(tmp_path / "a.json")])
+    record = read(tmp_path / "a.json")
+    assert [(r["batch"], r["size"], r["kernel_size"]) for r in record["rows"]] == [(1, 16, 7), (2, 16, 7), (1, 16, 9)]
+    assert record["law"].keys() == {"t0", "t_net", "t_mstep", "largest_error"}
+
+
+def test_the_law_is_found():
+    model = script("cost_model")
+    rows = [
+        {"batch": b, "particles": n, "size": h, "kernel_size": k,
+         "step_ms": 2 + b * n * (h / 256) ** 2 * 7 + b * model.mstep_chain(k) / model.mstep_chain(33) * 3}
+        for b, n, h, k in script("scaling").cases([1, 4], [1, 16], [128, 256, 512], [17, 33, 64])
+    ]  # fmt: skip
+    law = script("scaling").fit(rows)
+    assert [law[name] for name in ("t0", "t_net", "t_mstep")] == pytest.approx([2, 7, 3])
+    assert law["largest_error"] < 1e-9
+
+
+def test_cost_model_script(capsys):
+    script("cost_model").main(["--size", "256"])
+    assert "387.934 GFLOP forward" in capsys.readouterr().out
+
+
+def test_harness_pairs_the_calls():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    ticks = iter(range(100))
+    times = script("harness").alternate(calls, 2, lambda: next(ticks))
+    assert order == ["a", "b"] * 3 and times == {"a": [1, 1], "b": [1, 1]}
+    summary = script("harness").summary({"a": [4.0, 6.0, 5.0], "b": [2.0, 2.0, 2.0]}, "a", "b")
+    assert summary["ratio"] == 2.5 and summary["ratio_quartiles"] == [2.0, 3.0]
+
+
+# ------------------------------------------------------------------------------------------------ the released program
+
+CHECKOUT = {  # a stand-in with the names of the released program, made of fastem
+    "guided_diffusion/__init__.py": "",
+    "guided_diffusion/unet.py": """
+from fastem.models import UNet
+from fastem.profiling import RANDOM
+def create_model(image_size, num_channels, num_res_blocks, channel_mult="", model_path="", **kwargs):
+    return UNet(RANDOM["small-random"])
+""",
+    "guided_diffusion/agem.py": """
+import torch
+import motionblur
+from fastem import ops
+from fastem.models import load_kernel_denoiser
+from fastem.mstep import PnP, mstep
+def HQS_ker(y, x, sigma, z, beta=1e5, lamb=1.0, ksize=33, n_iter=100):
+    assert n_iter == 10 and ksize == 33
+    denoiser = load_kernel_denoiser("model_zoo/kernel_denoiser.pth")
+    return mstep(y, x[None], z, sigma=sigma, prior=PnP(denoiser, lamb), num_iters=n_iter, compat="released")
+def kernel_shift(kernel):
+    return ops.recentre(kernel)
+""",
+    "guided_diffusion/gaussian_diffusion.py": """
+import torch
+from guided_diffusion.agem import HQS_ker
+def create_sampler(sampler, steps, timestep_respacing=""):
+    if sampler != "ddpm":
+        raise NameError(sampler)
+    return Sampler(int(timestep_respacing))
+class Sampler:
+    def __init__(self, steps):
+        self.steps = steps
+    def fastem_pigdm(self, model, x_start, y, sigma, ksize=33):
+        for t in range(self.steps):
+            model(x_start.detach(), torch.full((len(x_start),), float(t)))
+""",
+}
+
+
+def make_checkout(root: Path, **changes: str) -> Path:
+    for name, text in CHECKOUT.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        path.write_text(text)
+    return root
+
+
+TINY = "--device cpu --net small-random --size 40 --particles 2 --rounds 1 --steps 2 --parts".split()
+
+
+def test_reference_script(tmp_path, capsys):
+    modules, here = set(sys.modules), os.getcwd()
+    checkout, result = make_checkout(tmp_path / "checkout"), str(tmp_path / "a.json")
+    assert script("compare_reference").main([str(checkout), *TINY, "unet", "mstep", "run", "--json", result]) == 0
+    rows = read(tmp_path / "a.json")["rows"]
+    assert [row["part"] for row in rows] == ["unet", "unet", "mstep", "run"]
+    assert all(row["difference"] < 1e-4 for row in rows if "difference" in row)
+    assert all(row["base"] == "released" and row["ratio"] > 0 for row in rows)
+    assert "tf32_convolutions" in capsys.readouterr().out
+    assert not [m for m in set(sys.modules) - modules if m.startswith(("guided_diffusion", "motionblur"))]
+    assert os.getcwd() == here
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        (None, "no folder"),
+        ({"HQS_ker": "hqs"}, "does not define HQS_ker"),
+        ({"n_iter=100": "n_iter=100, *, mystery"}, "parameter 'mystery' that is not known here"),
+        ({"import motionblur": "import guided_missing"}, "does not import: No module named 'guided_missing'"),
+    ],
+    ids=["missing", "other names", "other parameters", "dependency"],
+)
+def test_another_checkout_is_refused(tmp_path, capsys, changes, told):
+    path = tmp_path / "checkout"
+    if changes is not None:
+        make_checkout(path, **changes)
+    assert script("compare_reference").main([str(path), *TINY, "mstep"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("compare_reference: ") and told in err and err.count("\n") == 1
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    assert script("compare_reference").main([str(tmp_path)]) == 2
+    assert "no checkout of FastDiffusionEM: it has no folder guided_diffusion" in capsys.readouterr().err

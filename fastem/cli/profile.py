@@ -39,6 +39,7 @@ def profile(
         str, typer.Option(metavar="float32|float16|bfloat16", help="of the blocks of a U-Net")
     ] = "float32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="layout of the network's weights")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="the network by torch.compile, max-autotune")] = False,
     top: Annotated[int, typer.Option(min=0, help="operations to show")] = 15,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="write the whole record; - for stdout, the tables then go to stderr")
@@ -61,7 +62,7 @@ def profile(
 
     workload = profiling.Workload(
         parse_size(size), batch, particles, kernel_size, guidance, m_step, steps, prior, device, backend, dtype,
-        channels_last,
+        channels_last, compile_,
     )  # fmt: skip
     with console.options_checked(RuntimeError):  # a forced backend that cannot run
         if ncu is not None:
