@@ -1,4 +1,8 @@
-"""Element-wise layers of the denoising network: float32, float16 or bfloat16 in memory, float32 inside."""
+"""GroupNorm with scale and shift, and SiLU: float32, float16 or bfloat16 in memory, float32 inside.
+
+Statistics are taken over chunks of each group, by as many programs, and combined in a fixed order: no atomics, and a
+sample is the same to the bit in any company.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +11,212 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # elements per program
+BLOCK = 4096  # values per program: pixels times the channels of a group, both powers of two
+MAX_CHUNKS = 256  # of a group, and of the reduction over them
 
 
 @triton.jit
-def _film_silu_kernel(
-    x_ptr, grad_ptr, scale_ptr, shift_ptr, out_ptr,
-    n_chan, n_pixels, scale_stride_n, scale_stride_c, shift_stride_n, shift_stride_c,
-    FILM: tl.constexpr, BACKWARD: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+def _tile(
+    x_ptr, skip_ptr, n, group, chunk, n_chan, n_skip, n_pixel, size,
+    stride_c, stride_p, skip_stride_c, skip_stride_p, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """silu(h) with h = x (1 + scale) + shift, or its gradient: grad (1 + scale) s (1 + h (1 - s)), s = sigmoid(h)."""
-    n = tl.program_id(1).to(tl.int64)
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # within a sample: 32 bits keep the division cheap
-    keep = e < n_chan * n_pixels
-    at = n * n_chan * n_pixels + e
-    h = tl.load(x_ptr + at, keep).to(tl.float32)
+    """Pixels of a chunk by channels of a group: the values, where they are, and which of them exist."""
+    p = (chunk * PIXELS + tl.arange(0, PIXELS)).to(tl.int64)[:, None]
+    lane = tl.arange(0, CHANNELS)[None, :]
+    c = (group * size + lane).to(tl.int64)
+    keep = (p < n_pixel) & (lane < size)
+    own = keep & (c < n_chan)
+    x = tl.load(x_ptr + n * n_chan * n_pixel + c * stride_c + p * stride_p, own, 0.0).to(tl.float32)
+    if SKIP:
+        other = n * n_skip * n_pixel + (c - n_chan) * skip_stride_c + p * skip_stride_p
+        x += tl.load(skip_ptr + other, keep & (c >= n_chan), 0.0).to(tl.float32)
+    return x, p, c, keep
+
+
+@triton.jit
+def _film(n, c, keep, channels, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_n, scale_c, shift_n, shift_c,
+          FILM: tl.constexpr):  # fmt: skip
+    """gain and offset of h = normalised x * gain + offset."""
+    keep = keep & (c < channels)
+    gain, offset = tl.load(weight_ptr + c, keep, 0.0), tl.load(bias_ptr + c, keep, 0.0)
     if FILM:
-        c = e % n_chan if CHANNELS_LAST else e // n_pixels
-        gain = 1.0 + tl.load(scale_ptr + n * scale_stride_n + c * scale_stride_c, keep).to(tl.float32)
-        h = h * gain + tl.load(shift_ptr + n * shift_stride_n + c * shift_stride_c, keep).to(tl.float32)
+        factor = 1.0 + tl.load(scale_ptr + n * scale_n + c * scale_c, keep, 0.0)
+        gain, offset = gain * factor, offset * factor + tl.load(shift_ptr + n * shift_n + c * shift_c, keep, 0.0)
+    return gain, offset
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr, skip_ptr, first_ptr, second_ptr, n_chan, n_skip, n_pixel, groups, size, n_chunk,
+    stride_c, stride_p, skip_stride_c, skip_stride_p, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """Mean of a chunk and the sum of squared differences from it."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, group = row // groups, row % groups
+    x, p, c, keep = _tile(x_ptr, skip_ptr, n, group, chunk, n_chan, n_skip, n_pixel, size, stride_c, stride_p,
+                          skip_stride_c, skip_stride_p, PIXELS, CHANNELS, SKIP)  # fmt: skip
+    count = (tl.minimum(PIXELS, n_pixel - chunk * PIXELS) * size).to(tl.float32)
+    centre = tl.sum(x) / count
+    d = tl.where(keep, x - centre, 0.0)
+    off = tl.sum(d)  # the rounding of the mean, which shows where it is far larger than the spread
+    tl.store(first_ptr + row * n_chunk + chunk, centre + off / count)
+    tl.store(second_ptr + row * n_chunk + chunk, tl.sum(d * d) - off * off / count)
+
+
+@triton.jit
+def _combine_moments_kernel(
+    first_ptr, second_ptr, mean_ptr, rstd_ptr, n_pixel, size, n_chunk, eps, PIXELS: tl.constexpr, CHUNKS: tl.constexpr
+):
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNKS)
+    keep = i < n_chunk
+    count = tl.where(keep, tl.minimum(PIXELS, n_pixel - i * PIXELS), 0).to(tl.float32)
+    first = tl.load(first_ptr + row * n_chunk + i, keep, 0.0)
+    second = tl.load(second_ptr + row * n_chunk + i, keep, 0.0)
+    origin = tl.load(first_ptr + row * n_chunk)
+    mean = origin + tl.sum((first - origin) * count) / n_pixel
+    d = first - mean
+    variance = tl.sum(second / size + d * d * count) / n_pixel
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, 1.0 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def _silu_kernel(
+    x_ptr, skip_ptr, y_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    n_chan, n_skip, n_pixel, groups, size, stride_c, stride_p, skip_stride_c, skip_stride_p, y_stride_c, y_stride_p,
+    scale_n, scale_c, shift_n, shift_c,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, SKIP: tl.constexpr, FILM: tl.constexpr,
+):  # fmt: skip
+    """y = silu((x - mean) rstd gain + offset)."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, group = row // groups, row % groups
+    x, p, c, keep = _tile(x_ptr, skip_ptr, n, group, chunk, n_chan, n_skip, n_pixel, size, stride_c, stride_p,
+                          skip_stride_c, skip_stride_p, PIXELS, CHANNELS, SKIP)  # fmt: skip
+    channels = n_chan + n_skip
+    gain, offset = _film(n, c, c >= 0, channels, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_n, scale_c, shift_n,
+                         shift_c, FILM)  # fmt: skip
+    h = (x - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row) * gain + offset
+    at = n * channels * n_pixel + c * y_stride_c + p * y_stride_p
+    tl.store(y_ptr + at, (h * tl.sigmoid(h)).to(y_ptr.dtype.element_ty), keep)
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr, skip_ptr, grad_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    first_ptr, second_ptr, dx_ptr, dskip_ptr,
+    n_chan, n_skip, n_pixel, groups, size, n_chunk,
+    stride_c, stride_p, skip_stride_c, skip_stride_p, y_stride_c, y_stride_p, scale_n, scale_c, shift_n, shift_c,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, SKIP: tl.constexpr, FILM: tl.constexpr, CHUNKS: tl.constexpr,
+    SUMS: tl.constexpr,
+):  # fmt: skip
+    """With nx = (x - mean) rstd and q the gradient with respect to it: the sums of q and q nx over a chunk (SUMS), or
+    from them dx = rstd (q - mean(q) - nx mean(q nx))."""
+    row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, group = row // groups, row % groups
+    x, p, c, keep = _tile(x_ptr, skip_ptr, n, group, chunk, n_chan, n_skip, n_pixel, size, stride_c, stride_p,
+                          skip_stride_c, skip_stride_p, PIXELS, CHANNELS, SKIP)  # fmt: skip
+    channels = n_chan + n_skip
+    gain, offset = _film(n, c, c >= 0, channels, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_n, scale_c, shift_n,
+                         shift_c, FILM)  # fmt: skip
+    rstd = tl.load(rstd_ptr + row)
+    nx = (x - tl.load(mean_ptr + row)) * rstd
+    h = nx * gain + offset
     s = tl.sigmoid(h)
-    if BACKWARD:
-        out = tl.load(grad_ptr + at, keep).to(tl.float32) * (s * (1.0 + h * (1.0 - s)))
-        if FILM:
-            out *= gain
+    at = n * channels * n_pixel + c * y_stride_c + p * y_stride_p
+    q = tl.load(grad_ptr + at, keep, 0.0).to(tl.float32) * (s * (1.0 + h * (1.0 - s))) * gain
+    if SUMS:
+        tl.store(first_ptr + row * n_chunk + chunk, tl.sum(q))
+        tl.store(second_ptr + row * n_chunk + chunk, tl.sum(q * nx))
     else:
-        out = h * s
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), keep)
+        i = tl.arange(0, CHUNKS)
+        total = n_pixel.to(tl.float32) * size
+        mean_q = tl.sum(tl.load(first_ptr + row * n_chunk + i, i < n_chunk, 0.0)) / total
+        mean_qx = tl.sum(tl.load(second_ptr + row * n_chunk + i, i < n_chunk, 0.0)) / total
+        dx = (rstd * (q - mean_q - nx * mean_qx)).to(dx_ptr.dtype.element_ty)
+        own = n * n_chan * n_pixel + c * stride_c + p * stride_p
+        tl.store(dx_ptr + own, dx, keep & (c < n_chan))
+        if SKIP:
+            other = n * n_skip * n_pixel + (c - n_chan) * skip_stride_c + p * skip_stride_p
+            tl.store(dskip_ptr + other, dx, keep & (c >= n_chan))
 
 
-def _launch(x: Tensor, grad: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    samples, chan, height, width = x.shape
-    if chan * height * width + BLOCK > 2**31:
-        raise ValueError(f"a sample may hold at most 2**31 - {BLOCK} elements, got {tuple(x.shape[1:])}: use tiles")
-    film = scale is not None and shift is not None
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = x.contiguous(memory_format=layout)
-    out = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        _film_silu_kernel[triton.cdiv(chan * height * width, BLOCK), samples](
-            x, None if grad is None else grad.contiguous(memory_format=layout),
-            scale if film else None, shift if film else None, out,
-            chan, height * width, *(scale.stride() if film else (0, 0)), *(shift.stride() if film else (0, 0)),
-            FILM=film, BACKWARD=grad is not None, CHANNELS_LAST=channels_last, BLOCK=BLOCK,
-        )  # fmt: skip
-    return out
+class _Problem:
+    """Sizes, layouts and the grid of a call."""
+
+    def __init__(self, x: Tensor, skip: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int):
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        self.layout = torch.channels_last if last else torch.contiguous_format
+        self.x, self.skip = self.laid_out(x), None if skip is None else self.laid_out(skip)
+        batch, n_chan, height, width = x.shape
+        n_skip = 0 if skip is None else skip.shape[1]
+        self.n_pixel, self.channels = height * width, n_chan + n_skip
+        size = self.channels // groups
+        lanes = triton.next_power_of_2(size)
+        pixels = max(1, BLOCK // lanes)
+        while triton.cdiv(self.n_pixel, pixels) > MAX_CHUNKS:
+            pixels *= 2
+        self.n_chunk, self.rows, self.size = triton.cdiv(self.n_pixel, pixels), batch * groups, size
+        self.grid = (self.rows, self.n_chunk)
+        self.sizes = (n_chan, n_skip, self.n_pixel, groups, size)
+        self.strides = (*self.steps(n_chan), *self.steps(n_skip))  # of a channel and of a pixel
+        self.y_strides = self.steps(self.channels)
+        film = (scale, shift) if scale is not None and shift is not None else ()
+        self.film = film or (None, None)
+        self.film_strides = [s for t in film for s in t.stride()] or [0] * 4
+        self.tile = {"PIXELS": pixels, "CHANNELS": lanes, "SKIP": skip is not None}
+        self.has_film = {"FILM": bool(film)}
+        self.chunks = {"CHUNKS": triton.next_power_of_2(self.n_chunk)}
+
+    def laid_out(self, t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=self.layout)
+
+    def steps(self, channels: int) -> tuple[int, int]:
+        return (1, channels) if self.layout is torch.channels_last else (self.n_pixel, 1)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        both = torch.empty(2, self.rows, self.n_chunk, device=self.x.device)
+        return both[0], both[1]
 
 
-def film_silu(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """`silu(x * (1 + scale) + shift)` per sample and channel: x `(N, C, H, W)`, scale and shift `(N, C)`, or neither.
+def group_norm_silu(
+    x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+    groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`silu(norm(x) (1 + scale) + shift)`, and mean and `1 / sqrt(variance + eps)` of each group, `(N, groups)`.
 
-    x may be channels-last; the result has its layout. scale and shift may be views of any stride.
+    x `(N, C, H, W)`, plain or channels last, and the result like it; with skip, x and skip are the first and the last
+    channels of one input. weight, bias `(C,)`; scale, shift `(N, C)` of any stride, or neither; float32.
     """
-    return _launch(x, None, scale, shift)
+    a = _Problem(x, skip, scale, shift, groups)
+    y = torch.empty(x.shape[0], a.channels, *x.shape[2:], dtype=x.dtype, device=x.device, memory_format=a.layout)
+    mean, rstd = (torch.empty(x.shape[0], groups, device=x.device) for _ in range(2))
+    first, second = a.sums()
+    with torch.cuda.device_of(x):
+        _moments_kernel[a.grid](a.x, a.skip, first, second, *a.sizes, a.n_chunk, *a.strides, **a.tile)
+        _combine_moments_kernel[(a.rows,)](
+            first, second, mean, rstd, a.n_pixel, a.size, a.n_chunk, eps, PIXELS=a.tile["PIXELS"], **a.chunks
+        )
+        _silu_kernel[a.grid](
+            a.x, a.skip, y, mean, rstd, weight.contiguous(), bias.contiguous(), *a.film, *a.sizes, *a.strides,
+            *a.y_strides, *a.film_strides, **a.tile, **a.has_film,
+        )  # fmt: skip
+    return y, mean, rstd
 
 
-def film_silu_backward(grad: Tensor, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """The gradient of `film_silu` with respect to x, given that of its output."""
-    return _launch(x, grad, scale, shift)
+def group_norm_silu_backward(
+    grad: Tensor, x: Tensor, skip: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+    scale: Tensor | None, shift: Tensor | None, groups: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of `group_norm_silu` with respect to x and skip (empty without one), given that of its output."""
+    a = _Problem(x, skip, scale, shift, groups)
+    dx = torch.empty_like(a.x)
+    dskip = a.x.new_empty(0) if a.skip is None else torch.empty_like(a.skip)
+    first, second = a.sums()
+    with torch.cuda.device_of(x):
+        for only_sums in (True, False):
+            _backward_kernel[a.grid](
+                a.x, a.skip, a.laid_out(grad), mean.contiguous(), rstd.contiguous(), weight.contiguous(),
+                bias.contiguous(), *a.film, first, second, dx, dskip, *a.sizes, a.n_chunk, *a.strides, *a.y_strides,
+                *a.film_strides, **a.tile, **a.has_film, **a.chunks, SUMS=only_sums,
+            )  # fmt: skip
+    return dx, dskip

@@ -86,7 +86,7 @@ def test_forced_triton_names_the_ops_it_has():
 def test_forced_triton_without_triton_raises(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with use_backend(Backend.TRITON), pytest.raises(RuntimeError, match="pip install triton"):
-        ops.film_silu(K)
+        ops.predict_x0(K, K, 0.5)
 
 
 def test_inputs_that_require_grad_are_refused(native_backend):

@@ -150,14 +150,33 @@ def test_step_ops(shape):
                 assert (actual - expected).abs().max() / expected.abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 7, 5), (1, 1, 1, 1), (2, 64, 128, 128)], ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_film_silu(shape, layout):
-    x, grad = (random(*shape, seed=i, low=-4, high=4).contiguous(memory_format=layout) for i in range(2))
-    halves = random(shape[0], 2 * shape[1], seed=2).chunk(2, dim=1)
-    for scale, shift in (halves, (None, None)):
-        assert_matches_spec("film_silu", x, scale, shift)
-        assert_matches_spec("film_silu_backward", grad, x, scale, shift)
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, TOLERANCE), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(
+    "shape, n_skip, groups",
+    [((2, 6, 7, 5), 3, 3), ((1, 8, 3, 3), 0, 2), ((2, 512, 16, 16), 256, 32), ((1, 256, 64, 64), 128, 32),
+     ((2, 128, 256, 256), 0, 32)],
+    ids=str,
+)  # fmt: skip
+def test_group_norm_silu(shape, n_skip, groups, dtype, limit):
+    channels = shape[1] + n_skip
+    x, skip = (random(shape[0], c, *shape[2:], seed=c, low=-2, high=2).to(dtype) for c in (shape[1], n_skip))
+    skip = skip if n_skip else None
+    weight, bias = random(channels, seed=2) + 1, random(channels, seed=3)
+    scale, shift = random(shape[0], 2 * channels, seed=4).chunk(2, dim=1)
+    grad = random(shape[0], channels, *shape[2:], seed=5).to(dtype)
+    rest = (weight, bias, scale, shift, groups)
+    actual = on_gpu("group_norm_silu", x, skip, *rest, 1e-5)
+    expected = reference.group_norm_silu(*(widen(t) if isinstance(t, torch.Tensor) else t for t in (x.float(), skip if
+                                         skip is None else skip.float(), *rest)), 1e-5)  # fmt: skip
+    assert (actual[0] - expected[0]).abs().max() / expected[0].abs().max() < limit + 1e-6
+    assert actual[0].dtype is dtype
+    gradients = on_gpu("group_norm_silu_backward", grad, x, skip, *actual[1:], *rest)
+    wide = [t.double() if isinstance(t, torch.Tensor) else t for t in (grad, x, skip, *actual[1:], *rest)]
+    for a, e in zip(gradients, reference.group_norm_silu_backward(*wide), strict=True):
+        if e.numel():
+            assert (a - e).abs().max() / e.abs().max() < 3 * limit
+    again = on_gpu("group_norm_silu", x, skip, *rest, 1e-5)
+    assert all(map(torch.equal, actual, again))
 
 
 def test_the_m_step_can_be_captured_in_a_graph():

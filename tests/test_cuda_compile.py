@@ -18,10 +18,11 @@ CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 KERNELS = {
-    "convolve_support_kernel", "film_silu_kernel", "hqs_chain_kernel", "otf_columns_kernel", "otf_rows_kernel",
-    "pack_weights_kernel", "philox_normal_kernel", "predict_x0_kernel", "project_kernel_kernel",
-    "project_simplex_kernel", "recentre_kernel", "simplex_least_squares_kernel", "spectral_sums_kernel",
-    "step_update_kernel", "wiener_guidance_kernel",
+    "convolve_support_kernel", "group_norm_backward_kernel", "group_norm_chunk_kernel", "group_norm_combine_kernel",
+    "group_norm_silu_kernel", "group_norm_small_backward_kernel", "group_norm_small_kernel", "hqs_chain_kernel",
+    "otf_columns_kernel", "otf_rows_kernel", "pack_weights_kernel", "philox_normal_kernel", "predict_x0_kernel",
+    "project_kernel_kernel", "project_simplex_kernel", "recentre_kernel", "simplex_least_squares_kernel",
+    "spectral_sums_kernel", "step_update_kernel", "wiener_guidance_kernel",
 }  # fmt: skip
 
 if NVCC is None:

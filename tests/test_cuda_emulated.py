@@ -36,7 +36,7 @@ def cuda(tmp_path_factory):
     includes = [f"-I{CSRC / 'cuda' / 'emulate'}", f"-I{CSRC / 'include'}"]
     subprocess.run([*command, *includes, *sources], check=True, env=os.environ | {"LC_ALL": "C"})
     loaded = ctypes.CDLL(str(library))
-    for name in ("chain", "recentre", "simplex_least_squares"):
+    for name in ("chain", "group_norm", "recentre", "simplex_least_squares"):
         getattr(loaded, f"{name}_scratch_floats").restype = c_int64
     return loaded
 
@@ -60,27 +60,43 @@ def half_spectrum(*shape, seed=0):
 
 
 def call(function, *args):
-    """Calls with tensors as pointers, Python floats as C floats; results are guarded, see `result`."""
+    """Calls with tensors as pointers, Python floats as C floats. Every buffer lies between poisoned guards: results are
+    made so, see `result`, and inputs are copied there, so that a value read from outside shows in the results."""
     as_c = {int: c_int64, bool: c_int64, float: c_float}
-    status = function(*(_pointer(a) if a is None or isinstance(a, torch.Tensor) else as_c.get(type(a), lambda v: v)(a)
-                        for a in args))  # fmt: skip
+    inputs, values = [], []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if arg.storage_offset() != GUARD:
+                inputs.append((arg, arg := guarded(arg)))
+            values.append(c_void_p(arg.data_ptr()))
+            inputs.append((None, arg))
+        else:
+            values.append(as_c.get(type(arg), lambda v: v)(arg))
+    status = function(*values)
     assert status == 0, f"CUDA status {status}"
-    for tensor in args:
-        if isinstance(tensor, torch.Tensor) and tensor.storage_offset() == GUARD:
-            whole = tensor.new_empty(0).set_(tensor.untyped_storage())
-            for guard in (whole[:GUARD], whole[-GUARD:]):
-                assert guard.isnan().all(), "written outside of the result"
+    for original, tensor in inputs:
+        assert original is None or torch.equal(original.nan_to_num(), tensor.nan_to_num()), "an input was written to"
+        whole = tensor.new_empty(0).set_(tensor.untyped_storage())
+        poison = torch.full_like(whole[:GUARD], _poison(tensor.dtype))
+        for guard in (whole[:GUARD], whole[-GUARD:]):
+            assert torch.equal(guard.nan_to_num(), poison.nan_to_num()), "written outside of a buffer"
 
 
-def _pointer(tensor):
-    assert tensor is None or tensor.is_contiguous()
-    return None if tensor is None else c_void_p(tensor.data_ptr())
+def _poison(dtype):
+    return -(1 << 55) if dtype == torch.int64 else torch.nan
+
+
+def guarded(tensor):
+    """A copy between poisoned guards."""
+    assert tensor.is_contiguous()
+    copy = result(*tensor.shape, dtype=tensor.dtype)
+    return copy.copy_(tensor)
 
 
 def result(*shape, dtype=torch.float32):
     """A poisoned tensor between poisoned guards."""
     count = torch.Size(shape).numel()
-    return torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype)[GUARD : GUARD + count].view(shape)
+    return torch.full((count + 2 * GUARD,), _poison(dtype), dtype=dtype)[GUARD : GUARD + count].view(shape)
 
 
 def wide(*tensors):
@@ -144,23 +160,68 @@ def test_philox(cuda, shape):
         assert_close(out, reference.step_update(*wide(x_t, x0_hat, noise, guide), 0.4, 0.6, 0.3, -0.7))
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 7, 5), (1, 1, 1, 1), (3, 2, 33, 31)], ids=str)
-@pytest.mark.parametrize("film", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_film_silu(cuda, shape, film, channels_last):
-    samples, chan = shape[:2]
-    order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
-    x, grad = random(*shape, low=-4, high=4), random(*shape, seed=1)
-    both = random(samples, 2 * chan, seed=2)  # halves of one projection, as the network makes them
-    scale, shift = both.chunk(2, dim=1) if film else (None, None)
-    pointers = [c_void_p(t.data_ptr()) if film else None for t in (scale, shift)]
-    stored = [t.permute(order).contiguous() for t in (x, grad)]
-    expected = [reference.film_silu(*wide(x, scale, shift)), reference.film_silu_backward(*wide(grad, x, scale, shift))]
-    for given, truth in zip((None, stored[1]), expected, strict=True):
-        out = result(*stored[0].shape)
-        sizes = (samples, chan, shape[2] * shape[3], channels_last)
-        call(cuda.film_silu, given, stored[0], *pointers, 2 * chan, out, *sizes)
-        assert_close(out, truth.permute(order))
+DTYPES = {torch.float32: (0, TOLERANCE), torch.float16: (1, 2**-11 + 1e-6), torch.bfloat16: (2, 2**-8 + 1e-6)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "samples, n_chan, n_skip, pixels, groups",
+    [  # small maps, a block per group: in packs and not, odd and single pixels
+        (2, 16, 0, 35, 2), (1, 7, 5, 33, 3), (2, 24, 8, 64, 4), (1, 1, 0, 9, 1),
+        # large maps, in chunks: more channels than a tile, groups that straddle the two inputs, a short last chunk
+        (2, 8, 0, 4099, 1), (1, 520, 24, 161, 4), (1, 264, 1, 67, 1), (2, 16, 8, 2049, 3),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("mean", [0, 30])
+def test_group_norm_silu(cuda, dtype, samples, n_chan, n_skip, pixels, groups, mean, request):
+    if "reverse" in request.node.name and mean:
+        pytest.skip("one order of the threads is enough here")
+    code, limit = DTYPES[dtype]
+    limit *= 5 if mean and dtype is torch.float32 else 1  # x itself has so few digits of its difference from the mean
+    channels = n_chan + n_skip
+    x, skip = ((random(samples, pixels, 1, c, seed=c, low=-2, high=2) + mean).to(dtype) for c in (n_chan, n_skip))
+    weight, bias = random(channels, seed=2), random(channels, seed=3)
+    both = random(samples, 2 * channels, seed=4) if samples > 1 else None  # halves of one projection, or none
+    scale, shift = (None, None) if both is None else both.chunk(2, dim=1)
+    film = [None if t is None else c_void_p(t.data_ptr()) for t in (scale, shift)]
+    scratch = result(cuda.group_norm_scratch_floats(*map(c_int64, (samples, n_chan, n_skip, pixels, groups))))
+    y = result(samples, pixels, 1, channels, dtype=dtype)
+    moments = result(samples, groups), result(samples, groups)
+    sizes = (samples, n_chan, n_skip, pixels, groups)
+    inputs = (x, skip if n_skip else None)
+    call(cuda.group_norm_silu, *inputs, weight, bias, *film, 2 * channels, y, *moments, scratch, code, *sizes, 1e-5)
+    plain = [None if t is None else t.permute(0, 3, 1, 2) for t in inputs]  # (N, C, pixels, 1)
+    double = [*wide(*(None if t is None else t.float() for t in plain)), *wide(weight, bias, scale, shift)]
+    expected = reference.group_norm_silu(*double, groups, 1e-5)
+    assert_close(y.permute(0, 3, 1, 2).double(), expected[0], limit)
+    assert (((moments[0] - expected[1]) * expected[2]).abs() < limit).all()  # of the mean, in standard deviations
+    assert_close(moments[1], expected[2])
+
+    grad = random(samples, pixels, 1, channels, seed=5).to(dtype)
+    scratch.fill_(torch.nan)
+    dx, dskip = result(*x.shape, dtype=dtype), result(*skip.shape, dtype=dtype) if n_skip else None
+    call(cuda.group_norm_silu_backward, grad, *inputs, *moments, weight, bias, *film, 2 * channels, dx, dskip, scratch,
+         code, *sizes)  # fmt: skip
+    upstream = grad.permute(0, 3, 1, 2).double()
+    expected = reference.group_norm_silu_backward(upstream, *double[:2], *expected[1:], *double[2:], groups)
+    for actual, value in zip((dx, dskip), expected, strict=True):
+        if value.numel():
+            assert_close(actual.permute(0, 3, 1, 2).double(), value, 3 * limit)
+
+
+@pytest.mark.parametrize("pixels", [33, 2049])
+def test_group_norm_is_the_same_to_the_bit_in_any_company(cuda, pixels):
+    x, weight, bias = random(3, pixels, 1, 16), random(16, seed=1), random(16, seed=2)
+
+    def run(x):
+        y, moments = result(*x.shape), (result(len(x), 2), result(len(x), 2))
+        sizes = (len(x), 16, 0, pixels, 2)
+        scratch = result(cuda.group_norm_scratch_floats(*map(c_int64, sizes)))
+        call(cuda.group_norm_silu, x, None, weight, bias, None, None, 0, y, *moments, scratch, 0, *sizes, 1e-5)
+        return y
+
+    assert torch.equal(run(x)[1:2], run(x[1:2].clone()))
 
 
 @pytest.mark.parametrize("image", [(64, 64), (33, 50), (70, 41)], ids=str)

@@ -18,9 +18,7 @@ TOLERANCE = 2e-6  # largest difference over largest value
 LOOSER = {"simplex_least_squares": 1e-5, "hqs_chain": 1e-5}  # many rounds of rounding
 LOOSER_REFERENCE = {"convolve_support": 5e-6, "recentre": 5e-6}  # plain torch in single precision is no better
 SIZES = [(1, 1), (2, 7), (8, 8), (33, 31), (16, 17)]
-TWINS = (
-    "film_silu", "film_silu_backward", "philox_normal", "predict_x0", "spectral_sums", "step_update", "wiener_guidance",
-)  # fmt: skip
+TWINS = ("philox_normal", "predict_x0", "spectral_sums", "step_update", "wiener_guidance")
 
 
 def uniform(*shape, seed=0, low=-1.0, high=1.0):
@@ -67,7 +65,6 @@ def arguments(op, h, w, batch=2):
     x = uniform(batch, n, chan, h, w, seed=3, low=-2, high=2)
     noise_std = torch.linspace(0.01, 0.05, batch)
     scalars = torch.linspace(0.1, 0.4, batch)
-    film = uniform(batch, 2 * chan, seed=4).chunk(2, dim=1)  # halves of one tensor, not contiguous
     return {
         "spectral_sums": lambda: (half_spectrum(batch, n, chan, h, w), half_spectrum(batch, chan, h, w, seed=1)),
         "wiener_guidance": lambda: (
@@ -88,15 +85,12 @@ def arguments(op, h, w, batch=2):
         "predict_x0": lambda: (x, x.flip(-1), 0.3),
         "step_update": lambda: (x, x.flip(-1).abs() / 2, x.flip(-2), x.flip(-3), 0.3, 0.6, 0.1, 0.02),
         "philox_normal": lambda: (torch.tensor([7, -5][:batch]), n, (chan, h, w), 3, 5),
-        "film_silu": lambda: (x[:, 0], *film),
-        "film_silu_backward": lambda: (x[:, 1], x[:, 0], *film),
     }[op]()
 
 
 OPS = (
     "spectral_sums", "wiener_guidance", "psf_to_otf", "convolve_support", "project_kernel", "project_simplex",
     "simplex_least_squares", "denoise_chain", "hqs_chain", "recentre", "predict_x0", "step_update", "philox_normal",
-    "film_silu", "film_silu_backward",
 )  # fmt: skip
 
 
@@ -188,22 +182,111 @@ def test_chains_of_other_widths(native_backend, widths):
     assert_matches_spec("denoise_chain", *args)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "channels_last"])
-@pytest.mark.parametrize("film", [True, False], ids=["film", "silu"])
-def test_film_silu_keeps_the_layout(backend, layout, film):
-    x = uniform(2, 5, 9, 7, low=-90, high=90).contiguous(memory_format=layout)
-    scale, shift = uniform(2, 10, seed=1).chunk(2, dim=1) if film else (None, None)
-    out = ops.film_silu(x, scale, shift)
-    assert out.is_contiguous(memory_format=layout)
-    assert_matches_spec("film_silu", x, scale, shift)
-    assert_matches_spec("film_silu_backward", uniform(2, 5, 9, 7, seed=2), x, scale, shift)
+# ---------------------------------------------------------------------------------------------- group norm
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "last"])
 
 
-def test_film_silu_backward_is_the_gradient():
-    x = uniform(2, 3, 4, 5, low=-4, high=4).double().requires_grad_()
-    scale, shift, grad = (uniform(*shape, seed=sum(shape)).double() for shape in ((2, 3), (2, 3), (2, 3, 4, 5)))
-    (expected,) = torch.autograd.grad(reference.film_silu(x, scale, shift), x, grad)
-    assert relative_error(reference.film_silu_backward(grad, x.detach(), scale, shift), expected) < 1e-14
+def norm(shape, n_skip=0, film=True, mean=0.0):
+    """x, skip, weight, bias, scale, shift of a GroupNorm."""
+    samples, chan, *size = shape
+    channels = chan + n_skip
+    x, skip = (uniform(samples, c, *size, seed=c, low=-2, high=2) + mean for c in (chan, n_skip))
+    scale, shift = uniform(samples, 2 * channels, seed=2).chunk(2, dim=1) if film else (None, None)  # strided views
+    return x, skip if n_skip else None, *(uniform(channels, seed=s) + 1 for s in (3, 4)), scale, shift
+
+
+def assert_norm_matches_spec(layout, groups, x, skip, *rest, by=2.0):
+    """Forward and backward through autograd; the error is at most `by` times that of plain torch, or 2e-6."""
+    x, skip = (t if t is None else t.contiguous(memory_format=layout).requires_grad_() for t in (x, skip))
+    grad = uniform(x.shape[0], len(rest[0]), *x.shape[2:], seed=9)
+
+    def run(call, *inputs):
+        y = call(*inputs)
+        leaves = [t for t in inputs[:2] if t is not None]
+        return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
+
+    def spec(*args):
+        return reference.group_norm_silu(*args, groups, 1e-5)[0]
+
+    def op(x, skip, *rest):
+        return ops.group_norm_silu(x, *rest, groups=groups, skip=skip)
+
+    wide = [t if t is None else t.detach().double() for t in (x, skip, *rest)]
+    truth = run(spec, *(t if t is None or i > 1 else t.requires_grad_() for i, t in enumerate(wide)))
+    plain = run(spec, x, skip, *rest)
+    actual = run(op, x, skip, *rest)
+    assert actual[0].is_contiguous(memory_format=layout)
+    for a, p, t in zip(actual, plain, truth, strict=True):
+        error, limit = relative_error(a, t), max(by * relative_error(p, t), TOLERANCE)
+        assert error < limit, f"relative error {error:.1e}, allowed {limit:.1e}"
+
+
+@LAYOUTS
+@pytest.mark.parametrize("film", [True, False], ids=["film", "plain"])
+@pytest.mark.parametrize(
+    "shape, n_skip, groups",
+    [((2, 6, 7, 5), 0, 3), ((1, 1, 3, 3), 0, 1), ((2, 4, 17, 31), 5, 3), ((1, 130, 5, 4), 14, 8)], ids=str
+)  # fmt: skip
+def test_group_norm_silu_matches_spec(backend, layout, film, shape, n_skip, groups):
+    assert_norm_matches_spec(layout, groups, *norm(shape, n_skip, film))
+
+
+@LAYOUTS
+def test_group_norm_silu_of_a_mean_far_larger_than_the_spread(native_backend, layout):
+    """Squares summed without a centre would leave nothing: 1e4 against a spread of 1."""
+    assert_norm_matches_spec(layout, 4, *norm((1, 8, 64, 96), mean=1e4))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("n_skip", [0, 8])
+def test_group_norm_silu_passes_opcheck(native_backend, layout, n_skip):
+    x, skip, *rest = norm((2, 8, 5, 4), n_skip)
+    x = x.contiguous(memory_format=layout)
+    torch.library.opcheck(torch.ops.fastem.group_norm_silu.default, (x, skip, *rest, 4, 1e-5))
+    y, mean, rstd = torch.ops.fastem.group_norm_silu(x, skip, *rest, 4, 1e-5)
+    torch.library.opcheck(torch.ops.fastem.group_norm_silu_backward.default, (y, x, skip, mean, rstd, *rest, 4))
+
+
+@LAYOUTS
+def test_group_norm_silu_of_a_sample_depends_on_nothing_else(native_backend, threads, layout):
+    x, skip, weight, bias, scale, shift = norm((3, 24, 48, 52), 8)
+    x = x.contiguous(memory_format=layout)
+    together = ops.group_norm_silu(x, weight, bias, scale, shift, groups=4, skip=skip)
+    one = slice(1, 2)
+    alone = ops.group_norm_silu(x[one], weight, bias, scale[one], shift[one], groups=4, skip=skip[one])
+    assert torch.equal(together[one], alone)
+    torch.set_num_threads(3 - threads)  # the fixture puts it back
+    assert torch.equal(together, ops.group_norm_silu(x, weight, bias, scale, shift, groups=4, skip=skip))
+
+
+def test_group_norm_silu_is_torchs_and_its_formula_the_gradient():
+    x, _, weight, bias, scale, shift = double(norm((2, 6, 4, 5)))
+    h = torch.nn.functional.group_norm(x.requires_grad_(), 3, weight, bias)
+    expected = torch.nn.functional.silu(h * (1 + scale[..., None, None]) + shift[..., None, None])
+    y, mean, rstd = reference.group_norm_silu(x, None, weight, bias, scale, shift, 3, 1e-5)
+    assert relative_error(y, expected) < 1e-14
+    (gradient,) = torch.autograd.grad(expected, x, x.detach().flip(0))
+    args = (x.detach().flip(0), x.detach(), None, mean.detach(), rstd.detach(), weight, bias, scale, shift, 3)
+    assert relative_error(reference.group_norm_silu_backward(*args)[0], gradient) < 1e-13
+    wrong = reference.group_norm_silu_backward(*args[:5], weight, bias, None, None, 3)[0]
+    assert relative_error(wrong, gradient) > 0.01
+
+
+def test_group_norm_silu_trains_in_plain_torch():
+    x, _, weight, bias, scale, shift = norm((2, 6, 4, 5))
+    weight.requires_grad_()
+    with use_backend(Backend.AUTO):
+        ops.group_norm_silu(x, weight, bias, scale, shift, groups=3).sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)], ids=str)
+def test_group_norm_silu_in_16_bits_rounds_once(dtype, limit):
+    x, _, *rest = norm((1, 6, 9, 8))
+    y = ops.group_norm_silu(x.to(dtype), *rest, groups=3)  # on a CPU in plain torch
+    expected = reference.group_norm_silu(*double((x.to(dtype), None, *rest)), 3, 1e-5)[0]
+    assert y.dtype is dtype and relative_error(y, expected) < limit + 1e-6
 
 
 # ----------------------------------------------------------------------------------------------- any size
@@ -374,7 +457,7 @@ def test_recentre_puts_the_centre_of_mass_in_the_middle(native_backend):
 # ------------------------------------------------------------------------------------------------- bad input
 
 X, Y, K = half_spectrum(2, 3, 3, 8, 8), half_spectrum(2, 3, 8, 8), half_spectrum(2, 1, 8, 8)
-TWO, K5, G5 = torch.ones(2), kernels(2, 5, 5), autocorrelation(2, 5, 5)
+ONE, TWO, K5, G5 = torch.ones(1), torch.ones(2), kernels(2, 5, 5), autocorrelation(2, 5, 5)
 
 
 @pytest.mark.parametrize(
@@ -401,9 +484,12 @@ TWO, K5, G5 = torch.ones(2), kernels(2, 5, 5), autocorrelation(2, 5, 5)
         (lambda: ops.step_update_philox(K5, K5, None, torch.tensor([1]), 1.0, 0.0, 0.1, 0.0, 0, 0), "for seeds"),
         (lambda: ops.philox_normal(TWO, 1, (3,), 0, 0), "seeds must be"),
         (lambda: ops.philox_normal(torch.tensor([1]), 1, (3,), -1, 0), "step and stream"),
-        (lambda: ops.film_silu(K5, TWO[:, None]), "or neither"),
-        (lambda: ops.film_silu(K5, TWO[:, None].T, TWO[:, None]), "scale and shift must be"),
-        (lambda: ops.film_silu_backward(G5, K5), "grad must have"),
+        (lambda: ops.group_norm_silu(K5, ONE, ONE, groups=2), "do not divide"),
+        (lambda: ops.group_norm_silu(K5, TWO, ONE, groups=1), "weight must be"),
+        (lambda: ops.group_norm_silu(K5, ONE, ONE, TWO[:, None], groups=1), "or neither"),
+        (lambda: ops.group_norm_silu(K5, ONE, ONE, TWO, TWO, groups=1), "scale must be"),
+        (lambda: ops.group_norm_silu(K5, ONE, ONE, groups=1, skip=G5), "skip must be like x"),
+        (lambda: ops.group_norm_silu(K5, ONE, ONE, groups=1, eps=-1), "eps must be"),
     ],
 )
 def test_wrong_shapes_are_refused(backend, call, message):
@@ -424,8 +510,12 @@ def test_wrong_shapes_are_refused(backend, call, message):
         lambda f: f.predict_x0(K5, G5, 0.5),
         lambda f: f.step_update(K5, K5[:1], None, None, 1.0, 0.0, 0.0, 0.0),
         lambda f: f.step_update_philox(K5, K5, None, torch.tensor([1]), 1.0, 0.0, 0.1, 0.0, 0, 0),
-        lambda f: f.film_silu(K5, TWO[:, None, None], TWO[:, None, None]),
-        lambda f: f.film_silu_backward(G5, K5),
+        lambda f: f.group_norm_silu(K5, None, TWO, ONE, None, None, 1, 1e-5),
+        lambda f: f.group_norm_silu(K5, G5, TWO, TWO, None, None, 1, 1e-5),
+        lambda f: f.group_norm_silu(K5, None, ONE, ONE, TWO, TWO, 1, 1e-5),
+        lambda f: f.group_norm_silu(K5, None, ONE, ONE, None, None, 2, 1e-5),
+        lambda f: f.group_norm_silu_backward(G5, K5, None, TWO[:, None], TWO[:, None], ONE, ONE, None, None, 1),
+        lambda f: f.group_norm_silu_backward(K5, K5, None, TWO, TWO[:, None], ONE, ONE, None, None, 1),
     ],
 )
 def test_the_compiled_ops_do_not_read_out_of_bounds(native_backend, call):

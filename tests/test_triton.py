@@ -147,26 +147,53 @@ def test_philox_integers_are_random123():
     assert_close(turn, u[1::2])
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 7, 5), (1, 1, 1, 1), (3, 1, 33, 31)], ids=str)
+def norm(shape, n_skip, film, seed=0, mean=0.0):
+    """x, skip, weight, bias, scale, shift of a GroupNorm."""
+    samples, chan, *size = shape
+    channels = chan + n_skip
+    x, skip = (uniform(samples, c, *size, seed=seed + c, low=-2, high=2) + mean for c in (chan, n_skip))
+    scale, shift = uniform(samples, 2 * channels, seed=2).chunk(2, dim=1) if film else (None, None)  # strided views
+    return x, skip if n_skip else None, *(uniform(channels, seed=s) + 1 for s in (3, 4)), scale, shift
+
+
+@pytest.mark.parametrize("shape, n_skip, groups", [((2, 6, 7, 5), 0, 3), ((1, 1, 1, 7), 0, 1), ((2, 4, 33, 31), 5, 3)])
 @pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_film_silu_and_backward_match_spec(shape, film, layout):
-    x, grad = (uniform(*shape, seed=i, low=-4, high=4).contiguous(memory_format=layout) for i in range(2))
-    both = uniform(shape[0], 2 * shape[1], seed=2)  # halves of one projection: strided views
-    scale, shift = both.chunk(2, dim=1) if film else (None, None)
-    out = run(kt.film_silu, x, scale, shift)
-    assert out.is_contiguous(memory_format=layout)
-    assert_close(out, truth(reference.film_silu, x, scale, shift))
-    actual = run(kt.film_silu_backward, grad, x, scale, shift)
-    assert_close(actual, truth(reference.film_silu_backward, grad, x, scale, shift))
+@pytest.mark.parametrize("mean", [0, 100])
+def test_group_norm_silu_and_backward_match_spec(shape, n_skip, groups, film, layout, mean):
+    x, skip, *rest = norm(shape, n_skip, film, mean=mean)
+    x = x.contiguous(memory_format=layout)
+    limit = TOLERANCE if mean == 0 else 1e-5  # x itself has so few digits of its difference from the mean
+    out = run(kt.group_norm_silu, x, skip, *rest, groups, 1e-5)
+    expected = truth(reference.group_norm_silu, x, skip, *rest, groups, 1e-5)
+    assert out[0].is_contiguous(memory_format=layout)
+    for actual, value in zip(out, expected, strict=True):
+        assert_close(actual, value, limit)
+    grad = uniform(*out[0].shape, seed=9)
+    actual = run(kt.group_norm_silu_backward, grad, x, skip, *out[1:], *rest, groups)
+    expected = truth(reference.group_norm_silu_backward, grad, x, skip, *expected[1:], *rest, groups)
+    for one, value in zip(actual, expected, strict=True):
+        if value.numel():
+            assert_close(one, value, 3 * limit)
+
+
+def test_group_norm_over_many_chunks_is_that_of_a_sample_alone():
+    x, _, *rest = norm((2, 2, 150, 140), 0, True)
+    together = run(kt.group_norm_silu, x, None, *rest, 1, 1e-5)
+    assert_close(together[0], truth(reference.group_norm_silu, x, None, *rest, 1, 1e-5)[0])
+    weight, bias, scale, shift = rest
+    alone = run(kt.group_norm_silu, x[1:], None, weight, bias, scale[1:], shift[1:], 1, 1e-5)
+    assert all(torch.equal(a, t[1:]) for a, t in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2**-11), (torch.bfloat16, 2**-7)], ids=str)
-def test_film_silu_in_16_bits_rounds_once(dtype, tolerance):  # the interpreter cuts bfloat16 off: a whole unit
-    x, (scale, shift) = uniform(1, 3, 9, 9, seed=0, low=-4, high=4).to(dtype), uniform(2, 1, 3, seed=1)
-    actual = run(kt.film_silu, x, scale, shift)
+def test_group_norm_silu_in_16_bits_rounds_once(dtype, tolerance):  # the interpreter cuts bfloat16 off: a whole unit
+    x, skip, *rest = norm((1, 3, 9, 9), 1, True)
+    x, skip = x.to(dtype), skip.to(dtype)
+    actual = run(kt.group_norm_silu, x, skip, *rest, 2, 1e-5)[0]
     assert actual.dtype is dtype
-    assert_close(actual.float(), truth(reference.film_silu, x.float(), scale, shift), tolerance)
+    expected = truth(reference.group_norm_silu, x.float(), skip.float(), *rest, 2, 1e-5)[0]
+    assert_close(actual.float(), expected, tolerance)
 
 
 COMPILE = """
@@ -186,8 +213,12 @@ cubin(spectral._spectral_sums_kernel, [p] * 4 + [i] * 3, PER_CHANNEL=False, BLOC
 cubin(step._predict_x0_kernel, [p] * 4 + [i, f, f, f], BLOCK=1024)
 update = [p, p, p, p, "*i64", p, i, i, f, f, f, f, i, "i64"]
 cubin(step._step_update_kernel, update, NOISE="philox", GUIDED=True, noise_ptr=None, BLOCK=1024)
-film = ["*bf16"] * 2 + [p] * 2 + ["*bf16"] + [i] * 6
-cubin(network._film_silu_kernel, film, FILM=True, BACKWARD=True, CHANNELS_LAST=True, BLOCK=1024)
+b, tile = "*bf16", dict(PIXELS=256, CHANNELS=16, SKIP=True)
+cubin(network._moments_kernel, [b, b, p, p] + [i] * 10, **tile)
+cubin(network._combine_moments_kernel, [p] * 4 + [i] * 3 + [f], PIXELS=256, CHUNKS=64)
+cubin(network._silu_kernel, [b] * 3 + [p] * 6 + [i] * 15, FILM=True, **tile)
+for sums in (True, False):
+    cubin(network._backward_kernel, [b] * 3 + [p] * 8 + [b] * 2 + [i] * 16, FILM=True, CHUNKS=64, SUMS=sums, **tile)
 print("compiled")
 """
 

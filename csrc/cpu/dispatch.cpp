@@ -119,14 +119,39 @@ void philox_normal_cpu(const int64_t* seeds, float* out, const NoiseParams& p, i
   kernels().philox_normal(seeds, out, p, begin, end);
 }
 
-void film_silu_cpu(const float* x, const float* scale, const float* shift, int64_t stride, float* out,
-                   const FilmParams& p, int64_t begin, int64_t end) {
-  kernels().film_silu(x, scale, shift, stride, out, p, begin, end);
+int64_t group_norm_parts(const GroupNormParams& p) { return kernels().group_norm_parts(p); }
+
+int64_t group_norm_partials(const GroupNormParams& p) { return kernels().group_norm_partials(p); }
+
+void group_norm_moments_cpu(const float* x, const float* skip, float* partial, const GroupNormParams& p, int64_t begin,
+                            int64_t end) {
+  kernels().group_norm_moments(x, skip, partial, p, begin, end);
 }
 
-void film_silu_backward_cpu(const float* grad, const float* x, const float* scale, const float* shift, int64_t stride,
-                            float* out, const FilmParams& p, int64_t begin, int64_t end) {
-  kernels().film_silu_backward(grad, x, scale, shift, stride, out, p, begin, end);
+void group_norm_finish_cpu(const float* partial, float* mean, float* rstd, const GroupNormParams& p, int64_t begin,
+                           int64_t end) {
+  kernels().group_norm_finish(partial, mean, rstd, p, begin, end);
+}
+
+void group_norm_silu_cpu(const float* x, const float* skip, const float* mean, const float* rstd, const NormFilm& film,
+                         float* y, const GroupNormParams& p, int64_t begin, int64_t end) {
+  kernels().group_norm_silu(x, skip, mean, rstd, film, y, p, begin, end);
+}
+
+void group_norm_sums_cpu(const float* grad, const float* x, const float* skip, const float* mean, const float* rstd,
+                         const NormFilm& film, float* partial, const GroupNormParams& p, int64_t begin, int64_t end) {
+  kernels().group_norm_sums(grad, x, skip, mean, rstd, film, partial, p, begin, end);
+}
+
+void group_norm_means_cpu(const float* partial, float* mean_q, float* mean_qx, const GroupNormParams& p, int64_t begin,
+                          int64_t end) {
+  kernels().group_norm_means(partial, mean_q, mean_qx, p, begin, end);
+}
+
+void group_norm_silu_backward_cpu(const float* grad, const float* x, const float* skip, const float* mean,
+                                  const float* rstd, const NormFilm& film, const float* mean_q, const float* mean_qx,
+                                  float* dx, float* dskip, const GroupNormParams& p, int64_t begin, int64_t end) {
+  kernels().group_norm_silu_backward(grad, x, skip, mean, rstd, film, mean_q, mean_qx, dx, dskip, p, begin, end);
 }
 
 }  // namespace fastem

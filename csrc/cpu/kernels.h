@@ -32,8 +32,14 @@ struct Kernels {
   decltype(&fastem::step_update_cpu) step_update;
   decltype(&fastem::step_update_philox_cpu) step_update_philox;
   decltype(&fastem::philox_normal_cpu) philox_normal;
-  decltype(&fastem::film_silu_cpu) film_silu;
-  decltype(&fastem::film_silu_backward_cpu) film_silu_backward;
+  decltype(&fastem::group_norm_parts) group_norm_parts;
+  decltype(&fastem::group_norm_partials) group_norm_partials;
+  decltype(&fastem::group_norm_moments_cpu) group_norm_moments;
+  decltype(&fastem::group_norm_finish_cpu) group_norm_finish;
+  decltype(&fastem::group_norm_silu_cpu) group_norm_silu;
+  decltype(&fastem::group_norm_sums_cpu) group_norm_sums;
+  decltype(&fastem::group_norm_means_cpu) group_norm_means;
+  decltype(&fastem::group_norm_silu_backward_cpu) group_norm_silu_backward;
 };
 
 extern const Kernels kGenericKernels;

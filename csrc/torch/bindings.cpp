@@ -216,28 +216,47 @@ Tensor philox_normal(const Tensor& seeds_, int64_t n, at::IntArrayRef shape, int
   return result;
 }
 
-Tensor film_silu(const Tensor& x_, const OptionalTensor& scale, const OptionalTensor& shift) {
-  const Tensor x = dense_image_layout(x_);
-  const Film film(x, scale, shift);
-  Tensor result = at::empty_like(x);
-  at::parallel_for(0, film.params.n_row(), film.row_grain(kGrain), [&](int64_t begin, int64_t end) {
-    film_silu_cpu(in(x), film.scale_data(), film.shift_data(), film.stride, out(result), film.params, begin, end);
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const OptionalTensor& skip, const Tensor& weight,
+                                                   const Tensor& bias, const OptionalTensor& scale,
+                                                   const OptionalTensor& shift, int64_t groups, double eps) {
+  const Norm norm(x, skip, weight, bias, scale, shift, groups, eps);
+  const GroupNormParams& p = norm.params;
+  Tensor y = norm.output(norm.x, p.channels()), mean = norm.statistics(), rstd = norm.statistics();
+  const float *data = in(norm.x), *more = in_or_null(norm.skip);
+  const int64_t parts = p.n_sample * group_norm_parts(p);
+  auto partial = floats(group_norm_partials(p));
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    group_norm_moments_cpu(data, more, partial.data(), p, begin, end);
   });
-  return result;
+  group_norm_finish_cpu(partial.data(), out(mean), out(rstd), p, 0, p.n_sample * p.n_group);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    group_norm_silu_cpu(data, more, in(mean), in(rstd), norm.film, out(y), p, begin, end);
+  });
+  return {y, mean, rstd};
 }
 
-Tensor film_silu_backward(const Tensor& grad_, const Tensor& x_, const OptionalTensor& scale,
-                          const OptionalTensor& shift) {
-  const Tensor x = dense_image_layout(x_);
-  const Film film(x, scale, shift);
-  const Tensor grad = grad_.contiguous(film.memory_format);
-  check_same_shape(grad, x, "grad", "x");
-  Tensor result = at::empty_like(x);
-  at::parallel_for(0, film.params.n_row(), film.row_grain(kGrain), [&](int64_t begin, int64_t end) {
-    film_silu_backward_cpu(in(grad), in(x), film.scale_data(), film.shift_data(), film.stride, out(result), film.params,
-                           begin, end);
+std::tuple<Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_, const Tensor& x, const OptionalTensor& skip,
+                                                    const Tensor& mean_, const Tensor& rstd_, const Tensor& weight,
+                                                    const Tensor& bias, const OptionalTensor& scale,
+                                                    const OptionalTensor& shift, int64_t groups) {
+  const Norm norm(x, skip, weight, bias, scale, shift, groups, 0);
+  const GroupNormParams& p = norm.params;
+  const Tensor grad = norm.checked_grad(grad_), mean = norm.checked_statistics(mean_, "mean"),
+               rstd = norm.checked_statistics(rstd_, "rstd");
+  Tensor dx = norm.output(norm.x, p.n_chan);
+  Tensor dskip = p.n_skip > 0 ? norm.output(norm.skip, p.n_skip) : at::empty({0}, norm.x.options());
+  const float *data = in(norm.x), *more = in_or_null(norm.skip);
+  const int64_t parts = p.n_sample * group_norm_parts(p);
+  auto partial = floats(group_norm_partials(p)), mean_q = floats(mean.numel()), mean_qx = floats(mean.numel());
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    group_norm_sums_cpu(in(grad), data, more, in(mean), in(rstd), norm.film, partial.data(), p, begin, end);
   });
-  return result;
+  group_norm_means_cpu(partial.data(), mean_q.data(), mean_qx.data(), p, 0, mean.numel());
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    group_norm_silu_backward_cpu(in(grad), data, more, in(mean), in(rstd), norm.film, mean_q.data(), mean_qx.data(),
+                                 out(dx), p.n_skip > 0 ? out(dskip) : nullptr, p, begin, end);
+  });
+  return {dx, dskip};
 }
 
 // What this build can do, for `fastem doctor`.
@@ -280,8 +299,12 @@ TORCH_LIBRARY(fastem, m) {
       "step_update_philox(Tensor x_t, Tensor x0_hat, Tensor? guidance, Tensor seeds, float c0, float ct, float std, "
       "float gain, int step, int stream) -> Tensor");
   m.def("philox_normal(Tensor seeds, int n, int[] shape, int step, int stream) -> Tensor");
-  m.def("film_silu(Tensor x, Tensor? scale=None, Tensor? shift=None) -> Tensor");
-  m.def("film_silu_backward(Tensor grad, Tensor x, Tensor? scale=None, Tensor? shift=None) -> Tensor");
+  m.def(
+      "group_norm_silu(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, "
+      "float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad, Tensor x, Tensor? skip, Tensor mean, Tensor rstd, Tensor weight, "
+      "Tensor bias, Tensor? scale, Tensor? shift, int groups) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fastem, CPU, m) {
@@ -299,8 +322,8 @@ TORCH_LIBRARY_IMPL(fastem, CPU, m) {
   m.impl("step_update", &step_update);
   m.impl("step_update_philox", &step_update_philox);
   m.impl("philox_normal", &philox_normal);
-  m.impl("film_silu", &film_silu);
-  m.impl("film_silu_backward", &film_silu_backward);
+  m.impl("group_norm_silu", &group_norm_silu);
+  m.impl("group_norm_silu_backward", &group_norm_silu_backward);
 }
 
 }  // namespace fastem

@@ -190,41 +190,71 @@ inline bool prefers_channels_last(const Tensor& x) {
   return x.dim() == 4 && !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-inline Tensor dense_image_layout(const Tensor& x) { return prefers_channels_last(x) ? x : dense(x); }
-
-// Arguments of film_silu; keeps its rows of scale and shift alive.
-struct Film {
-  FilmParams params;
+// Arguments of group_norm_silu; keeps dense copies of what the pointers show alive.
+struct Norm {
+  GroupNormParams params;
+  NormFilm film;
   at::MemoryFormat memory_format;
-  Tensor scale, shift;
-  int64_t stride = 0;
+  Tensor x, skip, weight, bias, scale, shift;  // skip, scale, shift may be undefined
 
-  Film(const Tensor& x, const OptionalTensor& scale_, const OptionalTensor& shift_) {
-    TORCH_CHECK_VALUE(x.dim() == 4, "x must be (N, C, H, W), got ", x.sizes());
-    const bool channels_last = prefers_channels_last(x);
+  Norm(const Tensor& x_, const OptionalTensor& skip_, const Tensor& weight_, const Tensor& bias_,
+       const OptionalTensor& scale_, const OptionalTensor& shift_, int64_t groups, double eps) {
+    TORCH_CHECK_VALUE(x_.dim() == 4 && x_.size(1) * x_.size(2) * x_.size(3) > 0,
+                      "x must be (N, C, H, W) and not empty, got ", x_.sizes());
+    const bool channels_last = x_.is_cuda() || prefers_channels_last(x_);
     memory_format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    params = {x.size(0), x.size(1), x.size(2) * x.size(3), channels_last};
-    if (!scale_ || !shift_) return;
-    scale = *scale_;
-    shift = *shift_;
-    for (const Tensor& t : {scale, shift}) {
-      TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(1),
-                        "scale and shift must be (N, C) = (", x.size(0), ", ", x.size(1), "), got ", t.sizes());
-      check_device(t, x, "scale or shift");
+    x = laid_out(x_);
+    if (skip_) {
+      TORCH_CHECK_VALUE(skip_->dim() == 4 && skip_->size(0) == x.size(0) &&
+                            skip_->sizes().slice(2) == x.sizes().slice(2) && skip_->scalar_type() == x.scalar_type(),
+                        "skip must be like x ", x.sizes(), " but for its channels, got ", skip_->sizes());
+      check_device(*skip_, x, "skip");
+      skip = laid_out(*skip_);
     }
-    // Halves of one tensor stay where they are
-    const bool rows = scale.stride(1) == 1 && shift.stride(1) == 1 && scale.stride(0) == shift.stride(0);
-    if (!rows) {
+    const int64_t n_skip = skip_ ? skip.size(1) : 0, channels = x.size(1) + n_skip;
+    TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0, channels, " channels do not divide into ", groups,
+                      " groups");
+    params = {x.size(0), x.size(1),     n_skip, x.size(2) * x.size(3),
+              groups,    channels_last, static_cast<float>(eps)};
+    weight = per_channel(weight_, {channels}, "weight");
+    bias = per_channel(bias_, {channels}, "bias");
+    film = {in(weight), in(bias), nullptr, nullptr, 0};
+    if (!scale_ || !shift_) return;
+    scale = per_channel(*scale_, {x.size(0), channels}, "scale");
+    shift = per_channel(*shift_, {x.size(0), channels}, "shift");
+    const auto rows = [](const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; };
+    if (!rows(scale) || !rows(shift) || scale.stride(0) != shift.stride(0)) {  // else halves of one tensor stay
       scale = dense(scale);
       shift = dense(shift);
     }
-    stride = rows ? scale.stride(0) : x.size(1);
+    film.scale = in(scale);
+    film.shift = in(shift);
+    film.stride = scale.stride(0);
   }
-  const float* scale_data() const { return in_or_null(scale); }
-  const float* shift_data() const { return in_or_null(shift); }
-  int64_t row_grain(int64_t elements) const {
-    const int64_t length = params.channels_last ? params.n_chan : params.n_pixel;
-    return elements / (length > 0 ? length : 1) + 1;
+
+  Tensor laid_out(const Tensor& t) const { return t.resolve_neg().contiguous(memory_format); }
+  Tensor output(const Tensor& like, int64_t channels) const {
+    return at::empty({like.size(0), channels, like.size(2), like.size(3)}, like.options(), memory_format);
+  }
+  Tensor statistics() const { return at::empty({params.n_sample, params.n_group}, weight.options()); }
+  Tensor checked_grad(const Tensor& grad) const {
+    TORCH_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == params.channels() &&
+                          grad.sizes().slice(2) == x.sizes().slice(2) && grad.scalar_type() == x.scalar_type(),
+                      "grad must be like the output, ", params.channels(), " channels of ", x.scalar_type(), " for x ",
+                      x.sizes(), ", got ", grad.sizes(), " ", grad.scalar_type());
+    check_device(grad, x, "grad");
+    return laid_out(grad);
+  }
+  Tensor checked_statistics(const Tensor& t, const char* name) const {
+    return dense(per_channel(t, {params.n_sample, params.n_group}, name));
+  }
+
+ private:
+  Tensor per_channel(const Tensor& t, at::IntArrayRef shape, const char* name) const {
+    TORCH_CHECK_VALUE(t.sizes() == shape && t.scalar_type() == at::kFloat, name, " must be ", shape,
+                      " float32, got ", t.sizes(), " ", t.scalar_type());
+    check_device(t, x, name);
+    return t.dim() == 1 ? dense(t) : t.resolve_neg();
   }
 };
 

@@ -178,27 +178,44 @@ Tensor philox_normal(const Tensor& seeds_, int64_t n, at::IntArrayRef shape, int
   return result;
 }
 
-Tensor film_silu(const Tensor& x_, const OptionalTensor& scale, const OptionalTensor& shift) {
-  const OnDevice on(x_);
-  const Tensor x = dense_image_layout(x_);
-  const Film film(x, scale, shift);
-  Tensor result = at::empty_like(x);
-  C10_CUDA_CHECK(film_silu_cuda(in(x), film.scale_data(), film.shift_data(), film.stride, out(result), film.params,
-                                on.stream));
-  return result;
+DType dtype_of(const Tensor& x) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                   "x must be float32, float16 or bfloat16, got ", type);
+  return type == at::kFloat ? DType::kFloat32 : type == at::kHalf ? DType::kFloat16 : DType::kBFloat16;
 }
 
-Tensor film_silu_backward(const Tensor& grad_, const Tensor& x_, const OptionalTensor& scale,
-                          const OptionalTensor& shift) {
-  const OnDevice on(x_);
-  const Tensor x = dense_image_layout(x_);
-  const Film film(x, scale, shift);
-  const Tensor grad = grad_.contiguous(film.memory_format);
-  check_like(grad, x, "grad", "x");
-  Tensor result = at::empty_like(x);
-  C10_CUDA_CHECK(film_silu_backward_cuda(in(grad), in(x), film.scale_data(), film.shift_data(), film.stride, out(result),
-                                         film.params, on.stream));
-  return result;
+const void* raw(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+void* raw_out(const Tensor& t) { return t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(const Tensor& x, const OptionalTensor& skip, const Tensor& weight,
+                                                   const Tensor& bias, const OptionalTensor& scale,
+                                                   const OptionalTensor& shift, int64_t groups, double eps) {
+  const OnDevice on(x);
+  const Norm norm(x, skip, weight, bias, scale, shift, groups, eps);
+  const GroupNormParams& p = norm.params;
+  Tensor y = norm.output(norm.x, p.channels()), mean = norm.statistics(), rstd = norm.statistics();
+  const Tensor scratch = workspace(group_norm_cuda_scratch(p), weight);
+  C10_CUDA_CHECK(group_norm_silu_cuda(raw(norm.x), raw(norm.skip), norm.film, raw_out(y), out(mean), out(rstd),
+                                      out(scratch), dtype_of(x), p, on.stream));
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_, const Tensor& x, const OptionalTensor& skip,
+                                                    const Tensor& mean_, const Tensor& rstd_, const Tensor& weight,
+                                                    const Tensor& bias, const OptionalTensor& scale,
+                                                    const OptionalTensor& shift, int64_t groups) {
+  const OnDevice on(x);
+  const Norm norm(x, skip, weight, bias, scale, shift, groups, 0);
+  const GroupNormParams& p = norm.params;
+  const Tensor grad = norm.checked_grad(grad_), mean = norm.checked_statistics(mean_, "mean"),
+               rstd = norm.checked_statistics(rstd_, "rstd");
+  Tensor dx = norm.output(norm.x, p.n_chan);
+  Tensor dskip = p.n_skip > 0 ? norm.output(norm.skip, p.n_skip) : at::empty({0}, norm.x.options());
+  const Tensor scratch = workspace(group_norm_cuda_scratch(p), weight);
+  C10_CUDA_CHECK(group_norm_silu_backward_cuda(raw(grad), raw(norm.x), raw(norm.skip), in(mean), in(rstd), norm.film,
+                                               raw_out(dx), raw_out(dskip), out(scratch), dtype_of(x), p, on.stream));
+  return {dx, dskip};
 }
 
 }  // namespace
@@ -218,8 +235,8 @@ TORCH_LIBRARY_IMPL(fastem, CUDA, m) {
   m.impl("step_update", &step_update);
   m.impl("step_update_philox", &step_update_philox);
   m.impl("philox_normal", &philox_normal);
-  m.impl("film_silu", &film_silu);
-  m.impl("film_silu_backward", &film_silu_backward);
+  m.impl("group_norm_silu", &group_norm_silu);
+  m.impl("group_norm_silu_backward", &group_norm_silu_backward);
 }
 
 }  // namespace fastem

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastem import ops
+
 IMAGE_SIZE = {4: 64, 5: 128, 6: 256, 7: 512}  # of the published networks, by number of levels
 HEAD_CHANNELS = 64  # channels per attention head of the published networks
 
@@ -139,6 +141,13 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
+    def then_silu(self, x: Tensor, film: tuple[Tensor, Tensor] | None = None, skip: Tensor | None = None) -> Tensor:
+        """`silu(norm(x) * (1 + scale) + shift)` for film = (scale, shift), `(N, C)` each; skip as in the op."""
+        scale, shift = film or (None, None)
+        return ops.group_norm_silu(
+            x, self.weight, self.bias, scale, shift, groups=self.num_groups, eps=self.eps, skip=skip
+        )
+
 
 class Downsample(nn.Module):
     def __init__(self, width: int) -> None:
@@ -185,16 +194,16 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, act, conv = self.in_layers
-        h = conv(self.resample(act(norm(x))))
-        e = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
-        norm, act, _, conv = self.out_layers
+        norm, _, conv = self.in_layers
+        h = conv(self.resample(norm.then_silu(x)))
+        e = self.emb_layers(emb)
+        norm, _, _, conv = self.out_layers
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm(h), 1 + scale)
+            h = norm.then_silu(h, (scale, shift))
         else:
-            h = norm(h + e)
-        return self.skip_connection(self.resample(x)) + conv(act(h))
+            h = norm.then_silu(h + e.to(h.dtype)[:, :, None, None])
+        return self.skip_connection(self.resample(x)) + conv(h)
 
 
 class AttentionBlock(nn.Module):
@@ -312,7 +321,8 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.to(self.out[2].weight.dtype)).to(x.dtype)
+        norm, _, conv = self.out
+        return conv(norm.then_silu(h.to(conv.weight.dtype))).to(x.dtype)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Fused operations. `reference` is the specification; `backend` decides what runs."""
 
 from fastem.ops.backend import Backend, current_backend, use_backend
-from fastem.ops.network import film_silu, film_silu_backward
+from fastem.ops.network import group_norm_silu
 from fastem.ops.psf import (
     centre_of_mass,
     convolve_support,
@@ -24,8 +24,7 @@ __all__ = [
     "crop_support",
     "current_backend",
     "denoise_chain",
-    "film_silu",
-    "film_silu_backward",
+    "group_norm_silu",
     "hqs_chain",
     "philox_normal",
     "predict_x0",

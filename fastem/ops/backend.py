@@ -20,6 +20,8 @@ from fastem.ops import native, reference
 
 BUILD = "pip install --no-build-isolation -e . (needs g++; CUDA sources where torch has CUDA and nvcc is found)"
 
+_HALF = ("group_norm_silu", "group_norm_silu_backward")  # ops of networks, whose CUDA kernels take 16-bit maps
+
 
 class Backend(StrEnum):
     """Implementations of the ops. CUDA is part of `NATIVE`: the device of the tensors decides."""
@@ -69,7 +71,7 @@ def select(op: str, tensors: Sequence[Tensor]) -> Backend:
     wanted = current_backend()
     if wanted is Backend.REFERENCE or any(t.dtype in (torch.float64, torch.complex128) for t in tensors):
         return Backend.REFERENCE
-    problem = _triton_problem(op, tensors) if wanted is Backend.TRITON else _native_problem(tensors)
+    problem = _triton_problem(op, tensors) if wanted is Backend.TRITON else _native_problem(op, tensors)
     if problem is None:
         return Backend.TRITON if wanted is Backend.TRITON else Backend.NATIVE
     if wanted is not Backend.AUTO:
@@ -79,12 +81,13 @@ def select(op: str, tensors: Sequence[Tensor]) -> Backend:
     return Backend.REFERENCE
 
 
-def _native_problem(tensors: Sequence[Tensor]) -> str | None:
+def _native_problem(op: str, tensors: Sequence[Tensor]) -> str | None:
     if not native.available():
         return f"{native.why_not()}. Build it with {BUILD}"
     for t in tensors:
-        if t.dtype not in (torch.float32, torch.complex64, torch.int64):
-            return f"it takes float32, got {t.dtype}"
+        half = op in _HALF and t.device.type == "cuda" and t.dtype in (torch.float16, torch.bfloat16)
+        if t.dtype not in (torch.float32, torch.complex64, torch.int64) and not half:
+            return f"it takes float32{', and on a GPU 16 bit' if op in _HALF else ''}, got {t.dtype}"
         if t.device.type == "cuda" and not native.has_cuda():
             return f"the extension was built without CUDA and the tensors are on {t.device}. Build it with {BUILD}"
         if t.device.type not in ("cpu", "cuda", "meta"):

@@ -66,22 +66,27 @@ def _predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Ten
     return _dense(x_t), _dense(x_t)
 
 
-def _film_silu(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    return _image_layout(x)
+def _group_norm_silu(x: Tensor, skip: Tensor | None, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    weight, groups = rest[0], rest[4]
+    shape = (x.shape[0], x.shape[1] + (0 if skip is None else skip.shape[1]), *x.shape[2:])
+    moments = weight.new_empty((x.shape[0], groups))
+    return x.new_empty(shape).contiguous(memory_format=_image_format(x)), moments, torch.empty_like(moments)
 
 
-def _film_silu_backward(grad: Tensor, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    return _image_layout(x)
+def _group_norm_silu_backward(grad: Tensor, x: Tensor, skip: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+    layout = _image_format(x)
+    dx = torch.empty_like(x, memory_format=layout)
+    return dx, x.new_empty(0) if skip is None else torch.empty_like(skip, memory_format=layout)
 
 
 def _dense(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def _image_layout(x: Tensor) -> Tensor:
-    """The layout of x where it is plain or channels last, else plain."""
+def _image_format(x: Tensor) -> torch.memory_format:
+    """Channels last where x is that or the kernel knows nothing else, otherwise plain."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.channels_last if last or x.device.type == "cuda" else torch.contiguous_format
 
 
 def _register() -> None:
@@ -91,8 +96,8 @@ def _register() -> None:
         "psf_to_otf": _psf_to_otf,
         "philox_normal": _philox_normal,
         "predict_x0": _predict_x0,
-        "film_silu": _film_silu,
-        "film_silu_backward": _film_silu_backward,
+        "group_norm_silu": _group_norm_silu,
+        "group_norm_silu_backward": _group_norm_silu_backward,
         "convolve_support": lambda g, k: _dense(k),
         "simplex_least_squares": lambda g, b, k, num_iters: _dense(k),
         "hqs_chain": lambda a, g, k, *rest: _dense(k),

@@ -280,16 +280,50 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | N
     return out if residual is None else out + residual
 
 
-def film_silu(x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """`silu(x (1 + scale) + shift)` per sample and channel: x `(N, C, H, W)`, scale and shift `(N, C)`, or neither."""
-    if scale is None or shift is None:
-        return F.silu(x)
-    return F.silu(x * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+def group_norm_silu(
+    x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None,
+    groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`silu(norm(x) (1 + scale) + shift)` with norm a GroupNorm of `groups` groups, weight and bias `(C,)`.
+
+    x `(N, C, H, W)`; with skip, x and skip are the first and the last channels of one input. scale and shift `(N, C)`,
+    or neither. Works in the precision of the weights, and returns that of x. Also returns mean and
+    `1 / sqrt(variance + eps)` of each group, `(N, groups)`.
+    """
+    joined = (x if skip is None else torch.cat([x, skip], dim=1)).to(weight.dtype)
+    batch, channels, height, width = joined.shape
+    h, mean, rstd = torch.native_group_norm(joined, weight, bias, batch, channels, height * width, groups, eps)
+    if scale is not None and shift is not None:
+        h = torch.addcmul(shift[:, :, None, None], h, 1 + scale[:, :, None, None])
+    return F.silu(h).to(x.dtype), mean, rstd
 
 
-def film_silu_backward(grad: Tensor, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """The gradient of `film_silu` with respect to x, given that of its output."""
-    gain = 1 if scale is None else 1 + scale[:, :, None, None]
-    h = x if scale is None or shift is None else x * gain + shift[:, :, None, None]
+def group_norm_silu_backward(
+    grad: Tensor, x: Tensor, skip: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+    scale: Tensor | None, shift: Tensor | None, groups: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of `group_norm_silu` with respect to x and skip (empty without one), given that of its output.
+
+    `rstd (q - mean(q) - n mean(q n))`, means over each group, with n the normalised input and q the gradient with
+    respect to it.
+    """
+    joined = (x if skip is None else torch.cat([x, skip], dim=1)).to(weight.dtype)
+    channels = joined.shape[1]
+
+    def per_channel(t: Tensor) -> Tensor:  # (N, groups) or (N, C) -> (N, C, 1, 1)
+        return t.repeat_interleave(channels // t.shape[1], dim=1)[:, :, None, None]
+
+    def group_mean(t: Tensor) -> Tensor:
+        return per_channel(t.unflatten(1, (groups, -1)).mean(dim=(2, 3, 4)))
+
+    gain, offset = weight[None], bias[None]
+    if scale is not None and shift is not None:
+        gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+    n = (joined - per_channel(mean)) * per_channel(rstd)
+    h = n * gain[:, :, None, None] + offset[:, :, None, None]
     s = h.sigmoid()
-    return grad * gain * s * (1 + h * (1 - s))
+    q = grad.to(weight.dtype) * (s * (1 + h * (1 - s))) * gain[:, :, None, None]
+    full = (per_channel(rstd) * (q - group_mean(q) - n * group_mean(q * n))).to(x.dtype)
+    if skip is None:
+        return full, full.new_empty(0)
+    return full[:, : x.shape[1]], full[:, x.shape[1] :]

@@ -436,31 +436,83 @@ void test_philox_known_answers() {  // Random123, philox 4x32 10 rounds
   }
 }
 
-void test_film(int64_t n_chan, int64_t n_pixel) {
-  const int64_t n = 2 * n_chan * n_pixel;
-  const auto x = random_floats(n, 15, -9, 9), grad = random_floats(n, 16), both = random_floats(4 * n_chan, 17);
-  for (const bool channels_last : {false, true})
-    for (const bool film : {false, true}) {
-      const FilmParams p{2, n_chan, n_pixel, channels_last};
-      std::vector<double> expected(n), expected_grad(n);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t sample = i / (n_chan * n_pixel), c = channels_last ? i % n_chan : i / n_pixel % n_chan;
-        const double gain = film ? 1 + double(both[sample * 2 * n_chan + c]) : 1;
-        const double h = x[i] * gain + (film ? both[sample * 2 * n_chan + n_chan + c] : 0), s = 1 / (1 + std::exp(-h));
-        expected[i] = h * s;
-        expected_grad[i] = grad[i] * gain * s * (1 + h * (1 - s));
+void test_group_norm(int64_t n_chan, int64_t n_skip, int64_t n_group, int64_t n_pixel, float mean_x) {
+  const int64_t channels = n_chan + n_skip, size = channels / n_group, n = 2 * channels * n_pixel;
+  const auto joined = random_floats(n, 15, mean_x - 2, mean_x + 2), grad = random_floats(n, 16);  // (2, channels, pixel)
+  const auto weight = random_floats(channels, 17), bias = random_floats(channels, 18),
+             both = random_floats(4 * channels, 19);
+  const double tolerance = mean_x == 0 ? 2e-6 : 2e-5;  // x has so few digits of its difference from the mean
+  for (const bool film : {false, true}) {
+    std::vector<double> y(n), gradient(n), mean(2 * n_group), rstd(2 * n_group);
+    for (int64_t group = 0; group < 2 * n_group; ++group) {
+      const int64_t first = group * size * n_pixel, count = size * n_pixel;
+      double variance = 0, q_sum = 0, qn_sum = 0;
+      for (int64_t i = first; i < first + count; ++i) mean[group] += joined[i] / double(count);
+      for (int64_t i = first; i < first + count; ++i)
+        variance += (joined[i] - mean[group]) * (joined[i] - mean[group]) / count;
+      rstd[group] = 1 / std::sqrt(variance + 1e-5);
+      std::vector<double> q(count), normal(count);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t c = (first + i) / n_pixel % channels, row = group / n_group * 2 * channels;
+        const double factor = film ? 1 + double(both[row + c]) : 1;
+        normal[i] = (joined[first + i] - mean[group]) * rstd[group];
+        const double gain = weight[c] * factor;
+        const double h = normal[i] * gain + bias[c] * factor + (film ? both[row + channels + c] : 0);
+        const double s = 1 / (1 + std::exp(-h));
+        y[first + i] = h * s;
+        q[i] = grad[first + i] * gain * s * (1 + h * (1 - s));
+        q_sum += q[i];
+        qn_sum += q[i] * normal[i];
       }
-      const float *scale = film ? both.data() : nullptr, *shift = film ? both.data() + n_chan : nullptr;
-      Guarded<float> out(n);
-      in_pieces(p.n_row(), [&](int64_t begin, int64_t end) {
-        film_silu_cpu(x.data(), scale, shift, 2 * n_chan, out.data(), p, begin, end);
-      });
-      compare(out, expected, named("film_silu", n_chan, n_pixel));
-      in_pieces(p.n_row(), [&](int64_t begin, int64_t end) {
-        film_silu_backward_cpu(grad.data(), x.data(), scale, shift, 2 * n_chan, out.data(), p, begin, end);
-      });
-      compare(out, expected_grad, named("film_silu_backward", n_chan, n_pixel));
+      for (int64_t i = 0; i < count; ++i)
+        gradient[first + i] = rstd[group] * (q[i] - q_sum / count - normal[i] * qn_sum / count);
     }
+    for (const bool last : {false, true}) {
+      // (2, channels, pixel) -> this layout, channels [from, to)
+      const auto lay = [&](const auto& map, int64_t from, int64_t to) {
+        std::decay_t<decltype(map)> part;
+        for (int64_t b = 0; b < 2; ++b)
+          for (int64_t i = 0; i < (to - from) * n_pixel; ++i) {
+            const int64_t c = last ? i % (to - from) : i / n_pixel, at = last ? i / (to - from) : i % n_pixel;
+            part.push_back(map[(b * channels + from + c) * n_pixel + at]);
+          }
+        return part;
+      };
+      const GroupNormParams p{2, n_chan, n_skip, n_pixel, n_group, last, 1e-5f};
+      const NormFilm numbers{weight.data(), bias.data(), film ? both.data() : nullptr,
+                             film ? both.data() + channels : nullptr, 2 * channels};
+      const auto x = lay(joined, 0, n_chan), skip = lay(joined, n_chan, channels), g = lay(grad, 0, channels);
+      const int64_t parts = 2 * group_norm_parts(p), groups = 2 * n_group;
+      Guarded<float> partial(group_norm_partials(p)), m(groups), r(groups), out(n), q(groups), qn(groups);
+      Guarded<float> dx(2 * n_chan * n_pixel), dskip(2 * n_skip * n_pixel);
+      const std::string what = named("group_norm", channels, n_pixel);
+      in_pieces(parts, [&](int64_t begin, int64_t end) {
+        group_norm_moments_cpu(x.data(), skip.data(), partial.data(), p, begin, end);
+      });
+      in_pieces(groups, [&](int64_t begin, int64_t end) {
+        group_norm_finish_cpu(partial.data(), m.data(), r.data(), p, begin, end);
+      });
+      in_pieces(parts, [&](int64_t begin, int64_t end) {
+        group_norm_silu_cpu(x.data(), skip.data(), m.data(), r.data(), numbers, out.data(), p, begin, end);
+      });
+      compare(r, rstd, what + " rstd", tolerance);
+      compare(out, lay(y, 0, channels), what + " y", tolerance);
+      in_pieces(parts, [&](int64_t begin, int64_t end) {
+        group_norm_sums_cpu(g.data(), x.data(), skip.data(), m.data(), r.data(), numbers, partial.data(), p, begin,
+                            end);
+      });
+      in_pieces(groups, [&](int64_t begin, int64_t end) {
+        group_norm_means_cpu(partial.data(), q.data(), qn.data(), p, begin, end);
+      });
+      in_pieces(parts, [&](int64_t begin, int64_t end) {
+        group_norm_silu_backward_cpu(g.data(), x.data(), skip.data(), m.data(), r.data(), numbers, q.data(), qn.data(),
+                                     dx.data(), dskip.data(), p, begin, end);
+      });
+      compare(dx, lay(gradient, 0, n_chan), what + " dx", 3 * tolerance);
+      if (n_skip > 0) compare(dskip, lay(gradient, n_chan, channels), what + " dskip", 3 * tolerance);
+      check(partial.intact() && m.intact() && q.intact() && qn.intact(), what + ": wrote outside its scratch");
+    }
+  }
 }
 
 }  // namespace
@@ -485,7 +537,13 @@ int main() {
   test_chain(6, 37, {48, 16});
   for (const int64_t n : {1, 3, 4, 5, 64, 1001}) test_step(n);
   test_philox_known_answers();
-  for (const int64_t c : {1, 3, 8, 33}) test_film(c, 35);
+  for (const float mean : {0.0f, 20.0f}) {
+    test_group_norm(1, 0, 1, 7, mean);
+    test_group_norm(8, 0, 2, 35, mean);
+    test_group_norm(5, 4, 3, 129, mean);    // groups that straddle the two inputs
+    test_group_norm(140, 4, 4, 33, mean);   // more channels than are taken at a time
+    test_group_norm(2, 2, 1, 20011, mean);  // several parts
+  }
   std::printf("%s kernels: %s\n", cpu_kernels(), failures ? "FAILED" : "all good");
   return failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -54,11 +54,26 @@ int philox_normal(const int64_t* seeds, float* out, int64_t n_image, int64_t n_p
   return philox_normal_cuda(seeds, out, {n_image, n_particle, count, step, stream}, nullptr);
 }
 
-int film_silu(const float* grad, const float* x, const float* scale, const float* shift, int64_t stride, float* out,
-              int64_t n_sample, int64_t n_chan, int64_t n_pixel, int channels_last) {
-  const FilmParams p{n_sample, n_chan, n_pixel, channels_last != 0};
-  return grad ? film_silu_backward_cuda(grad, x, scale, shift, stride, out, p, nullptr)
-              : film_silu_cuda(x, scale, shift, stride, out, p, nullptr);
+int64_t group_norm_scratch_floats(int64_t n_sample, int64_t n_chan, int64_t n_skip, int64_t n_pixel, int64_t n_group) {
+  return group_norm_cuda_scratch({n_sample, n_chan, n_skip, n_pixel, n_group, true, 0.0f});
+}
+
+// dtype: 0 float32, 1 float16, 2 bfloat16.
+int group_norm_silu(const void* x, const void* skip, const float* weight, const float* bias, const float* scale,
+                    const float* shift, int64_t stride, void* y, float* mean, float* rstd, float* scratch, int dtype,
+                    int64_t n_sample, int64_t n_chan, int64_t n_skip, int64_t n_pixel, int64_t n_group, float eps) {
+  return group_norm_silu_cuda(x, skip, {weight, bias, scale, shift, stride}, y, mean, rstd, scratch,
+                              static_cast<DType>(dtype), {n_sample, n_chan, n_skip, n_pixel, n_group, true, eps},
+                              nullptr);
+}
+
+int group_norm_silu_backward(const void* grad, const void* x, const void* skip, const float* mean, const float* rstd,
+                             const float* weight, const float* bias, const float* scale, const float* shift,
+                             int64_t stride, void* dx, void* dskip, float* scratch, int dtype, int64_t n_sample,
+                             int64_t n_chan, int64_t n_skip, int64_t n_pixel, int64_t n_group) {
+  return group_norm_silu_backward_cuda(grad, x, skip, mean, rstd, {weight, bias, scale, shift, stride}, dx, dskip,
+                                       scratch, static_cast<DType>(dtype),
+                                       {n_sample, n_chan, n_skip, n_pixel, n_group, true, 0.0f}, nullptr);
 }
 
 int psf_to_otf(const float* k, cfloat* R, cfloat* K, int64_t n, int64_t h, int64_t w, int64_t height, int64_t width) {

@@ -139,14 +139,13 @@ FASTEM_HD float step_element(float x, float x0, float noise, float c0, float ct,
   return fmadd(std, noise, fmadd(ct, x, c0 * fmadd(2.0f, x0, -1.0f)));
 }
 
-FASTEM_HD float film_silu_element(float x, float gain, float shift) {
-  const float h = fmadd(x, gain, shift);
-  return h * sigmoid(h);
-}
+// silu(h)
+FASTEM_HD float silu(float h) { return h * sigmoid(h); }
 
-FASTEM_HD float film_silu_backward_element(float grad, float x, float gain, float shift) {
-  const float h = fmadd(x, gain, shift), s = sigmoid(h);
-  return grad * gain * s * fmadd(h, 1.0f - s, 1.0f);
+// The derivative of silu at h.
+FASTEM_HD float silu_slope(float h) {
+  const float s = sigmoid(h);
+  return s * fmadd(h, 1.0f - s, 1.0f);
 }
 
 }  // namespace FASTEM_ISA
