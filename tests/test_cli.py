@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,6 +177,30 @@ def test_train_kernel_denoiser_gives_loadable_weights(fastem, tmp_path, monkeypa
     assert code == 0 and out.strip() == "run/kernel.safetensors" and '"total": 6.0' in err
     assert (seen["config"].minutes, seen["config"].seed, seen["stop"], seen["init"]) == (6.0, 4, False, "kernel")
     assert seen["config"].cooldown == pytest.approx(2.5)  # the recipe's share, 5 of 12
+
+
+@pytest.mark.parametrize("prior, size", [("kernel-prior", "--kernel-size"), ("tilt-prior", "--size")])
+def test_train_a_diffusion_prior(fastem, monkeypatch, prior, size):
+    """The wiring only."""
+    import fastem.training as training
+
+    seen = {}
+
+    def fake_task(size, width, device):
+        return SimpleNamespace(name=prior, size=size, width=width)
+
+    def fake(out, task, config, device, init, num_samples, report, stop):
+        seen.update(size=task.size, width=task.width, config=config, samples=num_samples, init=init)
+
+    monkeypatch.setattr(training, prior.replace("-prior", "_task"), fake_task)
+    monkeypatch.setattr(training, "train_diffusion_prior", fake)
+    options = (size, 33, "--width", 64, "--batch-size", 5, "--minutes", 5, "--samples", 4, "--device", "cpu")
+    code, out, _ = fastem("train", prior, "-o", "run", *options)
+    assert code == 0 and out.strip() == f"run/{prior}.safetensors"
+    assert (seen["size"], seen["width"], seen["samples"], seen["init"]) == (33, 64, 4, None)
+    assert (seen["config"].minutes, seen["config"].batch_size) == (5.0, 5)
+    code, _, err = fastem("train", prior, "--width", 48)
+    assert code == 2 and "--width is a multiple of 32, got 48" in err
 
 
 def test_interrupted_training_says_how_to_go_on(fastem, tmp_path, monkeypatch):

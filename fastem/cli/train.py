@@ -93,6 +93,75 @@ def kernel_denoiser(
     _tell_result(out / "kernel.safetensors")
 
 
+BatchSize = Annotated[int, typer.Option(min=1, help="examples per step; 256 on a large GPU")]
+Width = Annotated[int, typer.Option(min=32, help="channels of the first level, a multiple of 32; 64 on a GPU")]
+Samples = Annotated[int, typer.Option(min=1, help="samples drawn at the end for OUT/samples.png")]
+
+
+@app.command("kernel-prior", epilog="example: fastem train kernel-prior --kernel-size 33 -o run/ --minutes 25")
+def kernel_prior(
+    kernel_size: Annotated[int, typer.Option(min=9, max=129, help="side of the kernels, pixels: 33 or 64")] = 64,
+    out: Out = Path("run-kernel-prior"),
+    minutes: Minutes = None,
+    cooldown: Cooldown = None,
+    batch_size: BatchSize = 32,
+    width: Width = 32,
+    samples: Samples = 16,
+    init: Init = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: console.ProgressOption = "auto",
+    debug: console.Debug = False,
+) -> None:
+    """Train a diffusion prior of blur kernels, for parallel diffusion; gives OUT/kernel-prior.safetensors."""
+    from fastem.training import kernel_task
+
+    def make_task(device: str):
+        return kernel_task(kernel_size, width, device=device)
+
+    _train_diffusion(make_task, out, minutes, cooldown, batch_size, width, samples, init, seed, device, progress)
+
+
+@app.command("tilt-prior", epilog="example: fastem train tilt-prior --size 128 -o run/ --minutes 25")
+def tilt_prior(
+    size: Annotated[int, typer.Option(min=32, max=512, help="side of the crops trained on, pixels")] = 128,
+    out: Out = Path("run-tilt-prior"),
+    minutes: Minutes = None,
+    cooldown: Cooldown = None,
+    batch_size: BatchSize = 32,
+    width: Width = 32,
+    samples: Samples = 16,
+    init: Init = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    progress: console.ProgressOption = "auto",
+    debug: console.Debug = False,
+) -> None:
+    """Train a diffusion prior of the tilt of turbulent air, two channels; gives OUT/tilt-prior.safetensors."""
+    from fastem.training import tilt_task
+
+    def make_task(device: str):
+        return tilt_task(size, width, device=device)
+
+    _train_diffusion(make_task, out, minutes, cooldown, batch_size, width, samples, init, seed, device, progress)
+
+
+def _train_diffusion(make_task, out, minutes, cooldown, batch_size, width, samples, init, seed, device, progress):
+    from fastem.training import train_diffusion_prior
+    from fastem.training.diffusion_prior import DEFAULTS
+
+    if width % 32:
+        raise console.OptionError(f"--width is a multiple of 32, got {width}")
+    config = replace(_timed(DEFAULTS, minutes, cooldown), batch_size=batch_size, seed=seed)
+    with _running(config.minutes, progress) as (report, stop), console.options_checked():
+        device = _device(device)
+        task = make_task(device)
+        train_diffusion_prior(
+            out, task, config, device=device, init=init, num_samples=samples, report=report, stop=stop
+        )
+    _tell_result(out / f"{task.name}.safetensors")
+
+
 def _timed(config, minutes: float | None, cooldown: float | None):
     """The recipe over another time; the cool-down keeps its share unless it is given."""
     minutes = config.minutes if minutes is None else minutes

@@ -260,6 +260,13 @@ def save_natural(
     save_safetensors(path, weights, format=NATURAL, config=model.config.to_dict(), r2=r2, card=card)
 
 
+def save_unet(path: str | Path, net: UNet, *, card: dict | str, dtype=torch.float16, **extra) -> None:
+    """Writes a U-Net that predicts eps for `load_model`; card and dtype as of `save_natural`, extra: more metadata."""
+    UNetEps(net)  # refuses channels that could not be loaded
+    weights = {name: tensor.to(dtype) for name, tensor in net.state_dict().items()}
+    save_safetensors(path, weights, format=UNET, config=net.config.to_dict(), card=card, **extra)
+
+
 # --- building networks ----------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,10 @@ several processes make one run (`fastem.training.parallel`).
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,6 +80,15 @@ class Ema:
     def copy_to(self, model: nn.Module) -> None:
         for param, average in zip(model.parameters(), self.params, strict=True):
             param.copy_(average)
+
+
+def tell(records: Iterable[dict], log_file: Path, report: Callable[[dict], None]) -> None:
+    """Runs through a run: reports each record and appends it to the log, one JSON line each; the first process does."""
+    for record in records:
+        if parallel.rank() == 0:
+            report(record)
+            with open(log_file, "a") as log:
+                log.write(json.dumps(record) + "\n")
 
 
 class Trainer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from fastem.models.checkpoints import load_model, save_natural
 from fastem.models.eps import DenoiserEps
 from fastem.models.natural import SIZES, NaturalConfig, NaturalPrior
 from fastem.training import parallel
-from fastem.training.core import BandBalance, TrainConfig, Trainer
+from fastem.training.core import BandBalance, TrainConfig, Trainer, tell
 from fastem.training.data import Pictures, hold_out, read_pictures, validation_split, without
 from fastem.training.validation import validate
 
@@ -132,11 +131,7 @@ def train_image_prior(
             c_out2 = (sigma * network.sigma_data) ** 2 / (sigma**2 + network.sigma_data**2)
             return balance(error / c_out2, sigma)
 
-        for record in trainer.run(loss_of, stop):
-            if parallel.rank() == 0:
-                report(record)
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps(record) + "\n")
+        tell(trainer.run(loss_of, stop), out / "log.jsonl", report)
         num_processes = parallel.size()
         first = parallel.rank() == 0
     trainer.ema.copy_to(model)

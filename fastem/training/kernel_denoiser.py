@@ -28,7 +28,7 @@ from fastem.models.kernel_denoiser import (
 )
 from fastem.ops import reference as spec
 from fastem.synth import motion_kernel
-from fastem.training.core import BandBalance, TrainConfig, Trainer
+from fastem.training.core import BandBalance, TrainConfig, Trainer, tell
 
 LOWEST, HIGHEST = 3e-5, 3e-2  # noise std in training; 3.16e-3 and 1.4e-3 are those of the published M-steps
 FIRST_SEED = 2**32  # of the training kernels: smaller seeds are never trained on
@@ -46,28 +46,37 @@ DEFAULTS = TrainConfig(minutes=12.0, cooldown=5.0, batch_size=32, patch=33, lr=2
 class KernelPool:
     """Kernels of several sizes, drawn at random, mirrored and turned."""
 
-    def __init__(self, count: int, device: str | torch.device = "cpu") -> None:
-        names, shares = list(FAMILIES), np.array(list(FAMILIES.values()))
-        self.sizes, self.shares = list(SIZES), torch.tensor(list(SIZES.values()), device=device)
+    def __init__(
+        self,
+        count: int,
+        device: str | torch.device = "cpu",
+        sizes: dict[int, float] = SIZES,
+        families: dict[str, float] = FAMILIES,
+    ) -> None:
+        names, shares = list(families), np.array(list(families.values()))
+        self.sizes, self.shares = list(sizes), torch.tensor(list(sizes.values()), device=device)
         rng = np.random.Generator(np.random.PCG64(FIRST_SEED))
         self.kernels: dict[int, Tensor] = {}
         seed = FIRST_SEED
-        for size, share in SIZES.items():
+        for size, share in sizes.items():
             wanted = max(1, round(count * share))
-            families = rng.choice(names, size=wanted, p=shares / shares.sum())
-            made = [motion_kernel(size, seed + i, str(family)) for i, family in enumerate(families)]
+            drawn = rng.choice(names, size=wanted, p=shares / shares.sum())
+            made = [motion_kernel(size, seed + i, str(family)) for i, family in enumerate(drawn)]
             self.kernels[size] = torch.from_numpy(np.stack(made)).to(device)
             seed += wanted
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """`(m, 1, size, size)` of one random size, with m such that the pixels amount to `count` kernels of 33."""
         size = self.sizes[int(torch.multinomial(self.shares, 1, generator=generator))]
+        return self.draw(size, max(1, round(count * (33 / size) ** 2)), generator)
+
+    def draw(self, size: int, count: int, generator: torch.Generator) -> Tensor:
+        """`(count, 1, size, size)`."""
         kernels = self.kernels[size]
-        m = max(1, round(count * (33 / size) ** 2))
-        which = torch.randint(len(kernels), (m,), generator=generator, device=kernels.device)
+        which = torch.randint(len(kernels), (count,), generator=generator, device=kernels.device)
         k = kernels[which][:, None]
         flip, turn, transpose = (
-            torch.rand(m, 1, 1, 1, generator=generator, device=kernels.device) < 0.5 for _ in range(3)
+            torch.rand(count, 1, 1, 1, generator=generator, device=kernels.device) < 0.5 for _ in range(3)
         )
         k = torch.where(flip, k.flip(-1), k)
         k = torch.where(turn, k.flip(-2), k)
@@ -186,10 +195,7 @@ def train_kernel_denoiser(
         allowed = torch.where(is_clean, TOLERANCE**2 * clean.square().mean(dim=(1, 2, 3)), noise_std**2)
         return balance(error / allowed, torch.where(is_clean, told * (HIGHEST / LOWEST), noise_std))
 
-    for record in trainer.run(loss_of, stop):
-        report(record)
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(record) + "\n")
+    tell(trainer.run(loss_of, stop), out / "log.jsonl", report)
     trainer.ema.copy_to(model)
     model.eval()
     card = model_card(trainer, model)
