@@ -1,10 +1,10 @@
 """Training of the kernel denoiser: `fastem train kernel-denoiser`.
 
 The network sees synthetic kernels under white noise, under the coloured noise of least-squares estimates, and under
-the errors of whole M-steps made with wrong images; some with their negative values cut off, as the M-step loop does.
-The division by the sum that follows there needs no example: without biases the network is homogeneous. Some kernels
-carry less noise than the network is told, or none: the loop calls it again on what it has just cleaned, and a clean
-kernel is to be left alone at any level.
+the errors of single solves made with wrong images; some with their negative values cut off, as the M-step loop does.
+The division by the sum that follows there needs no example: without biases the network is homogeneous. Some kernels are
+what whole M-steps with the network itself make of them, and some are clean, whatever the level the network is told: the
+loop calls it again on what it has just cleaned.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ LOWEST, HIGHEST = 3e-5, 3e-2  # noise std in training; 3.16e-3 and 1.4e-3 are th
 FIRST_SEED = 2**32  # of the training kernels: smaller seeds are never trained on
 FAMILIES = {"shake": 0.53, "boracchi": 0.1, "gp": 0.15, "line": 0.05, "gaussian": 0.08, "defocus": 0.07, "delta": 0.02}
 SIZES = {17: 0.1, 25: 0.12, 33: 0.5, 41: 0.08, 49: 0.08, 65: 0.12}
-CLEAN = 0.2  # share of kernels without noise, whatever the level the network is told
+MSTEPS = 0.3  # share of kernels that are what M-steps with the network itself have found so far
+CLEAN = 0.12  # share of kernels without noise, whatever the level the network is told
 HIGHEST_TOLD = 5e-3  # that level at most: above it, wide kernels drown
 TOLERANCE = 0.005  # relative change of a clean kernel that counts as much as the noise counts elsewhere
 MEASURED = [(17, 3.16e-3), (25, 3.16e-3), (33, 1e-3), (33, 3.16e-3), (33, 1e-2)]  # size and level, for the model card
@@ -106,7 +107,7 @@ def perturb(k: Tensor, noise_std: Tensor, generator: torch.Generator) -> tuple[T
         return torch.rand(len(k), *shape, generator=generator, device=k.device)
 
     white = torch.randn(k.shape, generator=generator, device=k.device)
-    noise, error = estimation_errors(k, generator)
+    noise, error = estimation_errors(k, noise_std, generator)
     pick = uniform(1, 1, 1)
     e = torch.where(pick < 0.4, white, torch.where(pick < 0.6, _unit_rms(noise), _unit_rms(error)))
     noisy = k + noise_std.view(-1, 1, 1, 1) * e
@@ -114,45 +115,76 @@ def perturb(k: Tensor, noise_std: Tensor, generator: torch.Generator) -> tuple[T
     return noisy, (noisy - k).square().mean(dim=(1, 2, 3)).sqrt()
 
 
-def told_level(noise_std: Tensor, generator: torch.Generator) -> Tensor:
-    """`(B,)`: the level that goes with noise of this std: six in ten the truth, the others up to ten times as much.
+def estimation_errors(k: Tensor, noise_std: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Errors of Eq. (24) on random images in M-steps of this level: that of noise, and all of it from a soft start."""
+    problem = _Problem(k, noise_std, generator)
+    X = problem.X
+    noise = torch.fft.irfft2(X.conj() * problem.N / (X.abs() ** 2 + problem.weight), s=problem.size)
+    return spec.crop_support(noise, *problem.ksize), problem.solve(_softened(k)) - k
 
-    An M-step tells its denoiser one level, sqrt(lam / beta), however small its error has become.
+
+@torch.no_grad()
+def mstep_outputs(k: Tensor, told: Tensor, model: nn.Module, generator: torch.Generator) -> Tensor:
+    """What an M-step gives to its denoiser: Eq. (24), projected, after up to four iterations with the denoiser itself.
+
+    Args:
+        k: `(B, 1, h, w)`, the true kernels.
+        told: `(B,)`, the level `sqrt(lam / beta)` of Eq. (25) with lam = 1, so that the noise of Eq. (24) fits it.
+
+    Returns:
+        `(B, 1, h, w)`, non-negative, sums to 1.
     """
-    u, pick = (torch.rand(noise_std.shape, generator=generator, device=noise_std.device) for _ in range(2))
-    return torch.where(pick < 0.6, noise_std, noise_std * 10**u)
+    problem = _Problem(k, told, generator)
+    delta = torch.zeros_like(k)
+    delta[..., k.shape[-2] // 2, k.shape[-1] // 2] = 1
+    pick = torch.rand(len(k), 1, 1, 1, generator=generator, device=k.device)
+    k_now = torch.where(pick < 0.5, delta, _softened(k))
+    z = spec.project_kernel(problem.solve(k_now))
+    for _ in range(int(torch.randint(5, (1,), generator=generator, device=k.device))):
+        k_now = spec.project_kernel(model(z, told).clamp(min=0) + 1e-6 * delta)  # it may leave nothing
+        z = spec.project_kernel(problem.solve(k_now))
+    return z
 
 
-def estimation_errors(k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Errors of Eq. (24) on random images twice the size of the kernel, up to scale: its noise alone, and all of it.
+class _Problem:
+    """Eq. (24) on random images twice the size of the kernels.
 
     The images have spectra `1 / f^p` with Rayleigh amplitudes; the estimate x0_hat has lost detail beyond a random
-    frequency and gained some of its own.
+    frequency and gained some of its own. `weight` is n beta sigma^2; with the noise level `told`, `1 / sqrt(beta)`, the
+    noise of y is `told sqrt(weight)`.
     """
-    count, _, h, w = k.shape
-    size = (2 * h, 2 * w)
 
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator, device=k.device)
+    def __init__(self, k: Tensor, told: Tensor, generator: torch.Generator) -> None:
+        count, _, h, w = k.shape
+        self.size, self.ksize = (2 * h, 2 * w), (h, w)
 
-    def spectrum() -> Tensor:
-        return torch.fft.rfft2(torch.randn(count, 1, *size, generator=generator, device=k.device))
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator, device=k.device)
 
-    f = torch.hypot(
-        torch.fft.fftfreq(size[0], device=k.device)[:, None], torch.fft.rfftfreq(size[1], device=k.device)
-    ).clamp(min=0.5 / max(size))  # fmt: skip
-    amplitude = f ** -uniform(0.8, 1.4)
-    X = spectrum() * amplitude
-    weight = torch.exp(uniform(math.log(0.02), math.log(1.0))) ** (-2 * uniform(0.8, 1.4))  # n beta sigma^2
-    N = spectrum() * weight.sqrt()
-    noise = spec.crop_support(torch.fft.irfft2(X.conj() * N / (X.abs() ** 2 + weight), s=size), h, w)
+        def spectrum() -> Tensor:
+            return torch.fft.rfft2(torch.randn(count, 1, *self.size, generator=generator, device=k.device))
 
-    seen = 1 / (1 + (f / uniform(0.1, 0.7)) ** 4)  # share of the detail that x0_hat has
-    X_hat = seen * X + 0.3 * uniform(0, 1) * (1 - seen) * spectrum() * amplitude
-    K = spec.psf_to_otf(k, size)
-    start = spec.psf_to_otf(nn.functional.avg_pool2d(k, 3, stride=1, padding=1), size)  # a blurred kernel to start from
-    Z = (X_hat.conj() * (K * X + uniform(0, 1) * N) + weight * start) / (X_hat.abs() ** 2 + weight)  # Eq. (24)
-    return noise, spec.crop_support(torch.fft.irfft2(Z, s=size), h, w) - k
+        f = torch.hypot(
+            torch.fft.fftfreq(self.size[0], device=k.device)[:, None], torch.fft.rfftfreq(self.size[1], device=k.device)
+        ).clamp(min=0.5 / max(self.size))
+        power = uniform(0.8, 1.4)
+        amplitude = f**-power
+        even = uniform(0.3, 1.0)  # frequency where the image is as strong as the weight
+        self.weight = self.size[0] * self.size[1] * even ** (-2 * power)
+        self.X, self.N = spectrum() * amplitude, told.view(-1, 1, 1, 1) * self.weight.sqrt() * spectrum()
+        seen = 1 / (1 + (f / uniform(0.2, 1.0)) ** 4)  # share of the detail that x0_hat has
+        self.X_hat = seen * self.X + 0.15 * uniform(0, 1) * (1 - seen) * spectrum() * amplitude
+        self.Y = spec.psf_to_otf(k, self.size) * self.X + uniform(0.3, 1) * self.N
+
+    def solve(self, k: Tensor) -> Tensor:
+        """Eq. (24) on the support, from the kernels `(B, 1, h, w)`."""
+        K = spec.psf_to_otf(k, self.size)
+        Z = (self.X_hat.conj() * self.Y + self.weight * K) / (self.X_hat.abs() ** 2 + self.weight)
+        return spec.crop_support(torch.fft.irfft2(Z, s=self.size), *self.ksize)
+
+
+def _softened(k: Tensor) -> Tensor:
+    return nn.functional.avg_pool2d(k, 3, stride=1, padding=1)
 
 
 def _unit_rms(e: Tensor) -> Tensor:
@@ -178,8 +210,9 @@ def train_kernel_denoiser(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     model = KernelDenoiser(network) if init is None else _initial(init)
-    # Clean kernels have noise bands of their own, the second half of the scale.
-    balance = BandBalance(device, LOWEST, HIGHEST**2 / LOWEST)
+    # Noise, M-steps and clean kernels have noise bands of their own, a third of the scale each.
+    scale = HIGHEST / LOWEST
+    balance = BandBalance(device, LOWEST, HIGHEST * scale**2)
     model = model.to(memory_format=torch.channels_last)
     trainer = Trainer(model, config, out / "training.pt", device, balance=balance)
     pool = KernelPool(num_kernels, device)
@@ -187,13 +220,20 @@ def train_kernel_denoiser(
     def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
         clean = pool.sample(config.batch_size, generator)
         level = sample_noise_std(len(clean), generator)
-        noisy, noise_std = perturb(clean, level, generator)
-        is_clean = torch.rand(len(clean), generator=generator, device=clean.device) < CLEAN
-        noisy = torch.where(is_clean[:, None, None, None], clean, noisy)
-        told = torch.where(is_clean, level.clamp(max=HIGHEST_TOLD), told_level(noise_std, generator))
-        error = (model(noisy, told) - clean).square().mean(dim=(1, 2, 3))
-        allowed = torch.where(is_clean, TOLERANCE**2 * clean.square().mean(dim=(1, 2, 3)), noise_std**2)
-        return balance(error / allowed, torch.where(is_clean, told * (HIGHEST / LOWEST), noise_std))
+        num_steps, num_clean = round(MSTEPS * len(clean)), round(CLEAN * len(clean))
+        ends = [num_steps, num_steps + num_clean]
+        in_steps, alone, others = clean.tensor_split(ends)
+        told_steps, told_alone, level_others = level.tensor_split(ends)
+        found = mstep_outputs(in_steps, told_steps, model, generator) if num_steps else in_steps
+        noisy, told_others = perturb(others, level_others, generator)
+        told_alone = told_alone.clamp(max=HIGHEST_TOLD)
+        denoised = model(torch.cat([found, alone, noisy]), torch.cat([told_steps, told_alone, told_others]))
+        error = (denoised - clean).square().mean(dim=(1, 2, 3))
+
+        error_steps = (found - in_steps).square().mean(dim=(1, 2, 3)).sqrt().clamp(LOWEST, HIGHEST)
+        allowed = torch.cat([error_steps, TOLERANCE * alone.square().mean(dim=(1, 2, 3)).sqrt(), told_others])
+        band = torch.cat([error_steps * scale, told_alone * scale**2, told_others])
+        return balance(error / allowed**2, band)
 
     tell(trainer.run(loss_of, stop), out / "log.jsonl", report)
     trainer.ema.copy_to(model)
