@@ -4,6 +4,8 @@
 #   make native     rebuild the extension after a change in csrc/
 #   make cpp-test   build and test the kernels without torch or Python (needs cmake); make asan: under sanitizers
 #   make gpu-test   the tests that need a GPU
+#   make bench      the benchmarks of a CPU, about an hour; make gpu-bench: those of a GPU, with REFERENCE=path beside the
+#                   released program; both leave JSON in benchmarks/results/ and the table in benchmarks/README.md
 #   make lint  make wheel  make clean
 
 PYTHON ?= python3
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := setup.py $(wildcard csrc/cpu/* csrc/torch/* csrc/cuda/* csrc/include/fastem/*)
 
-.PHONY: demo test native gpu-test cpp-test asan lint wheel clean
+.PHONY: demo test bench gpu-bench native gpu-test cpp-test asan lint wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native
@@ -37,6 +39,39 @@ test: $(VENV)/.dev $(VENV)/.native
 gpu-test: $(VENV)/.dev $(VENV)/.native
 	FASTEM_REQUIRE=native,cuda,triton $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_cuda_runtime.py \
 	  tests/test_triton.py $(PYTEST_ARGS)
+
+# On one thread and in CPU seconds, which other programs on the machine hardly change.
+CPU_JSON := benchmarks/results/cpu
+bench: export OMP_NUM_THREADS = 1
+bench: $(VENV)/.dev $(VENV)/.native
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only --benchmark-timer=time.process_time --device cpu \
+	  --scale small --benchmark-json $(CPU_JSON)-groups.json
+	$(BIN)/python benchmarks/bench_mstep.py --json $(CPU_JSON)-mstep.json
+	$(BIN)/python benchmarks/bench_mstep.py --recentre --particles 1 16 --json $(CPU_JSON)-mstep-recentre.json
+	$(BIN)/python benchmarks/bench_unet.py --threads 1 --cpu-time --json $(CPU_JSON)-unet.json
+	$(BIN)/python benchmarks/bench_unet.py --net small-random --size 64 --threads 1 --cpu-time \
+	  --json $(CPU_JSON)-unet-small.json
+	$(BIN)/python benchmarks/bench_step.py --threads 1 --cpu-time --json $(CPU_JSON)-step.json
+	$(BIN)/python benchmarks/scaling.py --device cpu --batch 1 2 4 --particles 1 4 --sizes 128 256 384 \
+	  --json $(CPU_JSON)-scaling.json
+	$(BIN)/fastem profile --device cpu --json $(CPU_JSON)-profile-native.json
+	$(BIN)/fastem profile --device cpu --backend reference --json $(CPU_JSON)-profile-reference.json \
+	  --compare $(CPU_JSON)-profile-native.json
+	$(BIN)/python benchmarks/report.py
+
+GPU_JSON := benchmarks/results/gpu
+FFHQ := --prior ffhq-random --guidance pigdm --dtype float16 --channels-last --device cuda
+gpu-bench: $(VENV)/.dev $(VENV)/.native
+	$(BIN)/python -m pytest benchmarks -q --benchmark-only --device cuda --scale full \
+	  --benchmark-json $(GPU_JSON)-groups.json
+	$(BIN)/python benchmarks/bench_mstep.py --device cuda --recentre --json $(GPU_JSON)-mstep.json
+	$(BIN)/python benchmarks/scaling.py --device cuda --net ffhq-random --guidance pigdm --dtype float16 \
+	  --batch 1 4 16 64 --json $(GPU_JSON)-scaling.json
+	$(BIN)/fastem profile $(FFHQ) --json $(GPU_JSON)-profile.json --trace $(GPU_JSON)-trace.json.gz
+ifdef REFERENCE
+	$(BIN)/python benchmarks/compare_reference.py "$(REFERENCE)" --device cuda --json $(GPU_JSON)-reference.json
+endif
+	$(BIN)/python benchmarks/report.py
 
 native: $(VENV)/.torch
 	rm -f $(VENV)/.native

@@ -46,7 +46,9 @@ class Bench:
     fixture: object  # of pytest-benchmark
     quick: bool
 
-    def __call__(self, group: str, call: Callable[..., object], inputs: Sequence[torch.Tensor] = (), **facts) -> None:
+    def __call__(
+        self, group: str, call: Callable[..., object], inputs: Sequence[torch.Tensor] = (), *, rounds: int = 20, **facts
+    ) -> None:
         """Times `call(*inputs)`; bytes, FLOPs and the floor that follows from them go into the record."""
         counter = profiling.CostCounter(self.device)
         with ranges.listening(counter.listener), counter, ranges.stage(ranges.STEP):
@@ -58,7 +60,7 @@ class Bench:
         copies = max(3, min(64, int(ROTATED_BYTES / size))) if cuda and inputs else 1
         sets = [inputs, *(tuple(t.clone() for t in inputs) for _ in range(copies - 1))]
 
-        def rounds() -> None:
+        def once() -> None:
             for given in sets:
                 call(*given)
             if cuda:
@@ -69,12 +71,13 @@ class Bench:
             calls_per_round=len(sets), flops=sum(c.flops for c in costs), bytes=sum(c.nbytes for c in costs),
             floor_us=1e6 * floor, device=self.device.type, **facts,
         )  # fmt: skip
-        self.fixture.pedantic(rounds, rounds=1 if self.quick else 20 if cuda else 7, warmup_rounds=1)
+        rounds = 1 if self.quick else rounds if cuda else min(rounds, 7)
+        self.fixture.pedantic(once, rounds=rounds, warmup_rounds=1)
 
 
 @pytest.fixture(scope="session")
 def device(request) -> torch.device:
-    torch.set_num_threads(1)  # of the CPU: timed in CPU seconds, see --benchmark-timer in benchmarks/README.md
+    torch.set_num_threads(1)  # on the CPU: `make bench` times in CPU seconds, which are of all threads together
     return runtime.resolve_device(request.config.getoption("--device"))
 
 
@@ -110,5 +113,6 @@ def pytest_generate_tests(metafunc) -> None:
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
     where = runtime.resolve_device(config.getoption("--device"))
+    output_json.update(machine_info={}, commit_info={})  # names of hosts and branches; ours says what matters
     output_json["fastem"] = {"kind": "groups", "device": where.type, "scale": config.getoption("--scale"),
                              "environment": profiling.environment(where)}  # fmt: skip

@@ -69,8 +69,8 @@ def test_step(bench, n, dtype, engine):
         size=(sizes["net_size"],) * 2, particles=n, kernel_size=sizes["kernel"], guidance="pigdm", prior=sizes["net"],
         device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda", compile=engine == "compiled",
     ))  # fmt: skip
-    bench("step", lambda: call(steps), steps=steps, n=n, size=sizes["net_size"], dtype=dtype, net=sizes["net"],
-          engine=engine)  # fmt: skip
+    bench("step", lambda: call(steps), rounds=7, steps=steps, n=n, size=sizes["net_size"], dtype=dtype,
+          net=sizes["net"], engine=engine)  # fmt: skip
 
 
 def test_e2e(bench, B, dtype):
@@ -80,5 +80,5 @@ def test_e2e(bench, B, dtype):
         size=(sizes["net_size"],) * 2, batch=B, kernel_size=sizes["kernel"], guidance="pigdm", prior=sizes["net"],
         device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda",
     ))  # fmt: skip
-    bench("e2e", lambda: call(sizes["steps"]), steps=sizes["steps"], B=B, size=sizes["net_size"], dtype=dtype,
+    bench("e2e", lambda: call(sizes["steps"]), rounds=3, steps=sizes["steps"], B=B, size=sizes["net_size"], dtype=dtype,
           net=sizes["net"])  # fmt: skip

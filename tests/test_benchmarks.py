@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -250,3 +251,69 @@ def test_another_checkout_is_refused(tmp_path, capsys, changes, told):
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     assert script("compare_reference").main([str(tmp_path)]) == 2
     assert "no checkout of FastDiffusionEM: it has no folder guided_diffusion" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ groups and the report
+
+
+def test_groups_and_report(tmp_path):
+    """Every group once at the smallest size, and the table from its JSON."""
+    result = tmp_path / "results" / "cpu-groups.json"
+    result.parent.mkdir()
+    words = f"-m pytest {BENCHMARKS} -q -p no:cacheprovider --benchmark-only --scale ci --device cpu --benchmark-json"
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words.split(), str(result)], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    record = json.loads(result.read_text())
+    assert {b["group"] for b in record["benchmarks"]} == {
+        "zupdate", "mstep", "guidance", "update", "groupnorm_silu", "resblock", "unet", "step", "e2e"
+    }  # fmt: skip
+    assert all(b["extra_info"]["floor_us"] > 0 for b in record["benchmarks"])
+    assert record["machine_info"] == record["commit_info"] == {}  # no names of hosts
+    report = script("report")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    given = ["--results", str(result.parent), "--readme", str(readme)]
+    assert report.main([*given, "--check"]) == 1
+    assert report.main(given) == 0 and report.main([*given, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| guidance kernel")]
+    cpu, gpu = row.split("|")[3:5]
+    assert cpu.strip().endswith("%") and gpu.strip() == ""  # no file holds a figure of a GPU
+
+
+def summary(part: str, ratio: float, **facts) -> dict:
+    return {"part": part, "ratio": ratio, "ratio_quartiles": [ratio, ratio], "rounds": 1,
+            "median_ms": {"released": 4000.0, "fastem": 4000.0 / ratio}, **facts}  # fmt: skip
+
+
+def test_cells_of_a_gpu():
+    """Figures that were made up, to see that each finds its way into its cell."""
+    report = script("report")
+    groups = [
+        {"group": "unet", "net": "ffhq-random", "task": "forward + VJP", "engine": "fastem", "B": 1, "flops": 776e9,
+         "seconds": 4e-3},
+        {"group": "step", "net": "ffhq-random", "dtype": "float16", "n": 1, "engine": "fastem", "seconds": 2.0},
+        {"group": "step", "net": "ffhq-random", "dtype": "float16", "n": 1, "engine": "compiled", "seconds": 3.0},
+        {"group": "guidance", "backend": "native", "floor_us": 6.0, "seconds": 8e-6},
+    ]  # fmt: skip
+    scaling = {"net": "ffhq-random", "guidance": "pigdm", "rows": [{"batch": 16, "size": 256, "wall_ms": 40.0}]}
+    released = [summary("run", 8.0, particles=1, steps=100), summary("mstep", 20.0, particles=16)]
+    profile = {"syncs_per_step": 0.0, "gpu_idle_percent": 1.25}
+    kinds = {"groups": {"rows": groups}, "scaling": scaling, "reference": {"rows": released}}
+    kinds["profile"] = {"rows": [profile]}
+    results = report.Results([{"kind": kind, "device": "cuda", **record} for kind, record in kinds.items()])
+    assert report.released_ratio(1)(results) == "8x" and report.released_ratio(4)(results) == ""
+    assert report.mstep_ratio(16)(results) == "20x"
+    assert report.throughput(results) == "4.00 images/s (B = 16), 16.0x"
+    assert report.sustained(1)(results) == "194 TFLOP/s" and report.sustained(16)(results) == ""
+    assert report.against_compiled(results) == "1.50x (n = 1)"
+    assert report.of_roofline("guidance")(results) == "75 %"
+    assert report.waits(results) == "0 waits, 1.2 % idle"
+
+
+def test_the_committed_table_is_that_of_the_committed_files():
+    assert script("report").main(["--check"]) == 0, "run python benchmarks/report.py"
