@@ -71,7 +71,7 @@ class Bench:
             calls_per_round=len(sets), flops=sum(c.flops for c in costs), bytes=sum(c.nbytes for c in costs),
             floor_us=1e6 * floor, device=self.device.type, **facts,
         )  # fmt: skip
-        rounds = 1 if self.quick else rounds if cuda else min(rounds, 7)
+        rounds = 1 if self.quick else rounds if cuda else min(rounds, 5)
         self.fixture.pedantic(once, rounds=rounds, warmup_rounds=1)
 
 
