@@ -15,6 +15,7 @@ import os
 import stat
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -27,10 +28,11 @@ import torch
 from PIL import Image
 
 from fastem import io
-from fastem.engine import Deblurrer
+from fastem.engine import Deblurrer, Request
 from fastem.env import versions
 from fastem.io import FastemError, InputError, OutputError, Picture, shown
 from fastem.ops.backend import select, use_backend
+from fastem.runtime import ahead, is_out_of_memory
 from fastem.synth import degrade, motion_kernel
 
 MIN_SIDE = 8  # pixels
@@ -95,6 +97,11 @@ class Outcome:
     @property
     def warnings(self) -> list[str]:
         return self.record.get("warnings", [])
+
+
+Read = Outcome | tuple[Item, Picture]  # an input that was read, or what became of it already
+Result = tuple[dict[str, bytes], dict]  # the encoded files by suffix, and the record
+Work = Callable[[Iterable[Read]], Iterator[tuple[Read, Result | Exception | None]]]
 
 
 # ------------------------------------------------------------------------------------------------------------ planning
@@ -258,6 +265,7 @@ def deblur_plan(
     max_pixels: int = io.MAX_PIXELS,
     max_bytes: int = io.MAX_BYTES,
     on_step: Callable[[Item, int, int], None] | None = None,
+    batch_size: int | str = 1,
 ) -> Iterator[Outcome]:
     """Restores the pictures of a plan with a `fastem.engine.Deblurrer`.
 
@@ -268,7 +276,9 @@ def deblur_plan(
         kernel: `(h, w)`, for a known blur.
         skip_existing: leave inputs alone whose JSON tells of the same bytes, configuration, seed, sigma and kernel.
         max_pixels, max_bytes: larger inputs fail with E_TOO_LARGE.
-        on_step: called with (item, steps done, steps in all).
+        on_step: called with (item, steps done, steps in all); of a batch, with its first item.
+        batch_size: pictures of one size that are restored together; "auto" is 1 on a CPU and what fits on a GPU. Files
+            are then read while others are restored (`Deblurrer.map`).
 
     Raises:
         OutputError: when a result cannot be written (disk full, folder gone). Earlier ones stay; this one is absent.
@@ -281,12 +291,7 @@ def deblur_plan(
     }
     running = _running(engine.config)
 
-    def restore(item: Item, picture: Picture) -> tuple[dict[str, bytes], dict]:
-        start = time.monotonic()
-        own_seed = item_seed(seed, picture.sha256)
-        steps = {} if on_step is None else {"on_step": lambda done, total: on_step(item, done, total)}
-        result = engine(picture.pixels, sigma=sigma, seed=own_seed, kernel=kernel, lossy=picture.lossy, **steps)
-        seconds = time.monotonic() - start
+    def finished(picture: Picture, own_seed: int, result: Any, seconds: float) -> tuple[dict[str, bytes], dict]:
         files = _deblurred_files(plan.save, picture, result)
         record = {
             "config": engine.config,
@@ -303,7 +308,44 @@ def deblur_plan(
         }
         return files, record
 
-    return _run(plan, restore, given, skip_existing, max_pixels, max_bytes)
+    def restore(item: Item, picture: Picture) -> tuple[dict[str, bytes], dict]:
+        start = time.monotonic()
+        own_seed = item_seed(seed, picture.sha256)
+        steps = {} if on_step is None else {"on_step": lambda done, total: on_step(item, done, total)}
+        result = engine(picture.pixels, sigma=sigma, seed=own_seed, kernel=kernel, lossy=picture.lossy, **steps)
+        return finished(picture, own_seed, result, time.monotonic() - start)
+
+    def restore_together(entries: Iterable[Read]) -> Iterator[tuple[Read, Result | Exception | None]]:
+        """The entries in order, each with what became of it; runs ahead of what it gives by a few batches."""
+        begun: deque[Read] = deque()  # given to the engine, or between such
+        start = time.monotonic()
+
+        def requests() -> Iterator[Request]:
+            for entry in entries:
+                begun.append(entry)
+                if not isinstance(entry, Outcome):
+                    picture = entry[1]
+                    yield Request(picture.pixels, sigma, item_seed(seed, picture.sha256), picture.lossy)
+
+        def told(done: int, total: int) -> None:
+            if on_step is not None:
+                on_step(next(entry[0] for entry in begun if not isinstance(entry, Outcome)), done, total)
+
+        for result in engine.map(requests(), batch_size=batch_size, kernel=kernel, on_step=told):
+            while isinstance(begun[0], Outcome):
+                yield begun.popleft(), None
+            entry, seconds = begun.popleft(), time.monotonic() - start
+            if not isinstance(result, Exception):
+                picture = entry[1]
+                result = finished(picture, item_seed(seed, picture.sha256), result, seconds)
+            yield entry, result
+            start = time.monotonic()
+        for entry in begun:
+            yield entry, None
+
+    if batch_size == 1 or batch_size == "auto" and engine.config["device"] == "cpu":
+        return _run(plan, _one_by_one(restore), given, skip_existing, max_pixels, max_bytes)
+    return _run(plan, restore_together, given, skip_existing, max_pixels, max_bytes, threads=2)
 
 
 def degrade_plan(
@@ -360,7 +402,7 @@ def degrade_plan(
         }
         return files, record
 
-    return _run(plan, blur, {}, False, max_pixels, max_bytes)
+    return _run(plan, _one_by_one(blur), {}, False, max_pixels, max_bytes)
 
 
 def item_seed(seed: int, sha256: str) -> int:
@@ -369,35 +411,64 @@ def item_seed(seed: int, sha256: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def _one_by_one(job: Callable[[Item, Picture], Result]) -> Work:
+    def work(entries: Iterable[Read]) -> Iterator[tuple[Read, Result | Exception | None]]:
+        for entry in entries:
+            if isinstance(entry, Outcome):
+                yield entry, None
+                continue
+            try:
+                result = job(*entry)
+            except Exception as error:
+                result = error
+            yield entry, result
+
+    return work
+
+
 def _run(
     plan: Plan,
-    job: Callable[[Item, Picture], tuple[dict[str, bytes], dict]],
+    work: Work,
     given: dict,
     skip_existing: bool,
     max_pixels: int,
     max_bytes: int,
+    threads: int = 0,
 ) -> Iterator[Outcome]:
-    """Reads, works and publishes item by item; `job` gives the encoded files by suffix, and the record.
+    """Reads, works and publishes; `work` gives, in order, each entry that was read with its result.
 
     `given` is everything besides the input that decides a result; its hash tells finished work from other work.
+    With `threads`, files are read ahead of the work.
     """
     request = _sha256(json.dumps(given, sort_keys=True).encode())
-    for item in plan.items:
+
+    def read(item: Item) -> Read:
         outputs = item.outputs(plan.save)
         try:
             _check_targets(outputs.values())
             picture = io.read_image(item.source, max_pixels=max_pixels, max_bytes=max_bytes)
             if skip_existing and _is_done(outputs, request, picture.sha256):
-                yield Outcome(item.source, "skipped", outputs)
-                continue
+                return Outcome(item.source, "skipped", outputs)
             height, width = picture.pixels.shape[:2]
             if min(height, width) < MIN_SIDE:
                 message = f"{width} x {height} pixels; {MIN_SIDE} on each side is the least"
                 raise InputError("E_TOO_SMALL", message)
-            files, record = job(item, picture)
         except Exception as error:
-            yield Outcome(item.source, "failed", error=_classified(error))
+            return Outcome(item.source, "failed", error=_classified(error))
+        return item, picture
+
+    entries = ahead(plan.items, read, threads=threads, most=2 * threads) if threads else map(read, plan.items)
+    for entry, result in work(entries):
+        if isinstance(entry, Outcome):
+            yield entry
             continue
+        item, picture = entry
+        if isinstance(result, Exception):
+            yield Outcome(item.source, "failed", error=_classified(result))
+            continue
+        files, record = result
+        outputs = item.outputs(plan.save)
+        height, width = picture.pixels.shape[:2]
         record = {
             "input": {
                 "name": shown(item.source.name),
@@ -461,7 +532,7 @@ def _classified(error: Exception) -> FastemError:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, FastemError):
         classified = error
-    elif _is_out_of_memory(error):
+    elif is_out_of_memory(error):
         if isinstance(error, MemoryError) and error.args:  # refused by fastem.runtime, with numbers
             classified = InputError("E_OOM", reason, "Use fewer --particles or a smaller picture")
         else:
@@ -477,13 +548,6 @@ def _classified(error: Exception) -> FastemError:
     if classified is not error:
         classified.__cause__ = error
     return classified
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    told = str(error).lower()
-    return isinstance(error, RuntimeError) and ("defaultcpuallocator" in told or "out of memory" in told)
 
 
 # -------------------------------------------------------------------------------------------------- files and records

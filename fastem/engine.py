@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +28,8 @@ from fastem.schedules import Schedule
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
 MIN_SIDE = 8  # pixels
+TIGHT_TILE = 256  # pixels: side of the tiles where memory has ended
+NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
 SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes minutes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
 INFLATION = 2.0  # of sigma where the kernel is an estimate
@@ -96,6 +98,34 @@ class _Picture:
         if isinstance(like, Image.Image):
             return Image.fromarray(array[..., 0] if self.gray else array)
         return array.reshape(like.shape)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One item of `Deblurrer.map` with options of its own; see `Deblurrer.__call__`."""
+
+    image: Any
+    sigma: float | None = None
+    seed: int = 0
+    lossy: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An image that is ready for the network."""
+
+    picture: _Picture
+    sigma: float  # in use, image units
+    estimated: bool
+    seed: int
+    kernel: Tensor | None  # (1, 1, h, w), the same for all jobs of a run
+    canvas: Canvas
+    notes: list[str]
+    settled: Restoration | None  # where there is nothing to do
+
+    @property
+    def kind(self) -> tuple:
+        return self.canvas, self.settled is not None
 
 
 def _dtype_of(like: Any) -> np.dtype:
@@ -242,7 +272,59 @@ class Deblurrer:
             ValueError: for an image or option that cannot be used, saying why.
             NumericError: if the result is not finite.
         """
-        picture = _picture(image)
+        job = self._job(Request(image, sigma, seed, lossy), kernel)
+        if job.settled is not None:
+            return job.settled
+        (result,) = self._restore_jobs([job], on_step=on_step)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def map(
+        self, items: Iterable[Any], *, batch_size: int | str = "auto", sigma: float | None = None, seed: int = 0,
+        kernel: np.ndarray | Tensor | None = None, on_step: Any = None,
+    ) -> Iterator[Restoration | Exception]:  # fmt: skip
+        """Restores images in batches; results come in order, and an item that fails yields its exception instead.
+
+        Images are read and prepared in other threads while others are restored. Those of one size share batches, padded
+        to a power of two: the result of an image does not depend on its company in a batch of that size. Where
+        memory ends, batches are halved; then the network is evaluated on tiles; then that item fails.
+
+        Args:
+            items: what a call takes, or `Request`s with a sigma, seed and compression of their own.
+            batch_size: images per batch (each has `particles` samples); `"auto"` is 1 on a CPU and what fits on a GPU.
+            sigma, seed, kernel: as in a call, for items that are no `Request`; the kernel is that of all.
+            on_step: called with (steps done, steps in all) of each batch.
+
+        Raises:
+            ValueError: for a batch size or kernel that cannot be used.
+        """
+        if batch_size != "auto":
+            batch_size = _positive("batch_size", batch_size, 1024)
+        if kernel is not None:
+            kernel = _kernel(kernel)
+
+        def prepare(item: Any) -> _Job | Exception:
+            try:
+                return self._job(item if isinstance(item, Request) else Request(item, sigma, seed), kernel)
+            except Exception as error:
+                return error
+
+        def run(jobs: Sequence[_Job], tiled: bool) -> list[Restoration | Exception]:
+            if jobs[0].settled is not None:
+                return [job.settled for job in jobs]
+            return self._restore_jobs(jobs, on_step=on_step, tile=TIGHT_TILE if tiled else None)
+
+        batches = runtime.MicroBatches(
+            run, kind=lambda job: job.kind, size=self._auto_batch if batch_size == "auto" else batch_size,
+            free=self._free, cut=self._can_be_cut,
+        )  # fmt: skip
+        most = 2 * runtime.LOOK_AHEAD if batch_size == "auto" else runtime.LOOK_AHEAD * batch_size
+        yield from batches(runtime.ahead(items, prepare, threads=2, most=most))
+
+    def _job(self, request: Request, kernel: Tensor | None) -> _Job:
+        """What can be decided without the network; raises for what cannot be used."""
+        picture, sigma = _picture(request.image), request.sigma
         estimated = sigma is None
         if estimated:
             sigma = noise.estimate_sigma(picture.y[0].permute(1, 2, 0).numpy())
@@ -250,63 +332,99 @@ class Deblurrer:
             raise ValueError(f"sigma must be a number >= 0 in image units (8-bit 5 is 5 / 255), got {sigma}")
         if sigma > 1:
             raise ValueError(f"sigma is in image units, where the image spans [0, 1]; got {sigma}; divide by 255?")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must be a 64-bit integer, got {seed}")
+        if not -(2**63) <= request.seed < 2**63:
+            raise ValueError(f"seed must be a 64-bit integer, got {request.seed}")
         if kernel is None and self.method is Method.KNOWN:
             raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
         used, notes = max(float(sigma), SIGMA_FLOOR), []
-        if estimated and used < LOSSY_SIGMA and (picture.lossy if lossy is None else lossy):
+        if estimated and used < LOSSY_SIGMA and (picture.lossy if request.lossy is None else request.lossy):
             found, least = 255 * sigma, 255 * LOSSY_SIGMA
             notes.append(f"W_LOSSY: {found:.2g} grey levels of noise survived compression; counted as {least:.2g}")
             used = LOSSY_SIGMA
         if kernel is not None:
             kernel = _kernel(kernel)
+        settled = None
         if float(picture.y.std(dim=(-2, -1)).max()) < SIGMA_FLOOR and kernel is None:
-            return self._nothing_to_see(picture, used, estimated)
-        seeds = torch.tensor([seed], dtype=torch.int64, device=self.device)
-        drawn, canvas, trace = self.restore(picture.y.to(self.device), used, seeds, kernel=kernel, on_step=on_step)
-        if not bool(torch.isfinite(drawn.x).all() & torch.isfinite(drawn.kernel).all()):
-            raise NumericError(
-                "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
-            )
-        samples = canvas.crop(drawn.images)[0]
-        k = drawn.kernel.clamp(min=0)
-        k = k / k.sum()
-        chi2 = float(reblur_chi2(drawn, picture.y.to(self.device), canvas, torch.tensor([used], device=self.device)))
-        if kernel is None and float(k.max()) == 1:
+            settled = self._nothing_to_see(picture, used, estimated)
+        canvas = self._canvas(picture.y, self.kernel_size if kernel is None else tuple(kernel.shape[-2:]))
+        return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled)
+
+    def _restore_jobs(
+        self, jobs: Sequence[_Job], *, on_step: Any = None, tile: int | None = None
+    ) -> list[Restoration | Exception]:
+        """The images of one batch, which share size, canvas and kernel."""
+        first = jobs[0]
+        y = self._to_device(torch.cat([job.picture.y for job in jobs]))
+        sigma = self._to_device(torch.tensor([job.sigma for job in jobs]))
+        seeds = self._to_device(torch.tensor([job.seed for job in jobs], dtype=torch.int64))
+        drawn, canvas, trace = self.restore(
+            y, sigma, seeds, kernel=first.kernel, on_step=on_step, canvas=first.canvas, tile=tile
+        )
+        samples = canvas.crop(drawn.images)
+        kernels = drawn.kernel.clamp(min=0)
+        kernels = kernels / kernels.sum((-2, -1), keepdim=True)
+        finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
+        chi2 = reblur_chi2(drawn, y, canvas, sigma)
+        on_host = (t.cpu() for t in (samples, kernels, finite, chi2))
+        return [
+            self._restoration(job, x, k[0], float(c), trace) if ok else NumericError(NOT_FINITE)
+            for job, x, k, ok, c in zip(jobs, *on_host, strict=True)
+        ]
+
+    def _restoration(self, job: _Job, samples: Tensor, k: Tensor, chi2: float, trace: list[dict]) -> Restoration:
+        """Samples `(n, C, H, W)` and kernel `(h, w)` on the host, in the form of the input."""
+        notes = list(job.notes)
+        if job.kernel is None and float(k.max()) == 1:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
         elif not 0.5 < chi2 < 2:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         return Restoration(
-            picture.back(samples[0]), k[0, 0].cpu().numpy(), samples.permute(0, 2, 3, 1).cpu().numpy(), used, estimated,
-            chi2, trace, notes,
+            job.picture.back(samples[0]), k.numpy().copy(), samples.permute(0, 2, 3, 1).numpy().copy(), job.sigma,
+            job.estimated, chi2, list(trace), notes,
         )  # fmt: skip
 
-    def map(
-        self, items: Iterable[Any], *, sigma: float | None = None, seed: int = 0
-    ) -> Iterator[Restoration | Exception]:
-        """Restores images one after the other, in order; an item that fails yields its exception instead."""
-        for item in items:
-            try:
-                yield self(item, sigma=sigma, seed=seed)
-            except (ValueError, ArithmeticError, OSError, MemoryError) as error:
-                yield error
+    def _to_device(self, t: Tensor) -> Tensor:
+        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
+
+    def _auto_batch(self, job: _Job) -> int:
+        """Images per batch: 1 on a CPU, where one fills the cores; on a GPU what fits, by one trial evaluation."""
+        if self.device.type != "cuda" or job.settled is not None:
+            return 1
+        model = runtime.fit_to_size(self.model, (job.canvas.height, job.canvas.width), self.tile)
+        jacobian = self.guidance is not Guide.MEAN
+        each = runtime.device_bytes(model, job.canvas, self.particles, jacobian=jacobian, device=self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return runtime.largest_batch(free, each)
+
+    def _can_be_cut(self, job: _Job) -> bool:
+        """Whether tiles would be smaller than what the network was evaluated on."""
+        largest = max(job.canvas.height, job.canvas.width)
+        return (self.tile or largest) > TIGHT_TILE and self.model.image_size is None
+
+    def _free(self) -> None:
+        if isinstance(self.execute, runtime.StepGraphs):
+            self.execute.release()
+        runtime.release_device()
 
     @torch.no_grad()
     def restore(
-        self, y: Tensor, sigma: float | Tensor, seeds: Tensor, *, kernel: Tensor | None = None, on_step: Any = None
-    ) -> tuple[Sample, Canvas, list[dict]]:
+        self, y: Tensor, sigma: float | Tensor, seeds: Tensor, *, kernel: Tensor | None = None, on_step: Any = None,
+        canvas: Canvas | None = None, tile: int | None = None,
+    ) -> tuple[Sample, Canvas, list[dict]]:  # fmt: skip
         """The batched core: y `(B, C, H, W)` in [0, 1], sigma scalar or `(B,)`, seeds `(B,)` -> particles on a canvas.
+
+        `canvas` is that of all images (None: chosen from them); `tile` as for the engine, and stronger.
 
         The result of an image depends on its pixels, sigma and seed, not on the other images of the batch.
         """
         ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
-        canvas = self._canvas(y, ksize)
+        canvas = canvas or self._canvas(y, ksize)
+        tile = tile or self.tile
         observation = Observation.of(canvas.extend(y), sigma, canvas)
         particles = len(y) * self.particles
         jacobian = self.guidance is not Guide.MEAN
         runtime.check_memory(observation.size, particles, jacobian=jacobian, device=self.device)
-        model = runtime.fit_to_size(self.model, observation.size, self.tile)
+        model = runtime.fit_to_size(self.model, observation.size, tile)
         schedule, rule = self._schedule()
         trace: list[dict] = []
 
@@ -345,7 +463,7 @@ class Deblurrer:
             if self.m_step == "hqs":
                 return draw(HQS(prior, ksize, compat=self.compat, r2_ridge=self.r2_term)), canvas, trace
             drawn = None
-            window, denoised = self._kernel_window(y, observation, ksize)
+            window, denoised = self._kernel_window(y, observation, ksize, tile)
             widths = self._edge_widths(window, denoised)
             sharp = widths < SHARP_WIDTH
             if bool(sharp.all()):
@@ -386,13 +504,15 @@ class Deblurrer:
         x = (2 * denoise_observation(model, observation) - 1)[:, None].expand(-1, self.particles, -1, -1, -1)
         return Sample(x.contiguous(), delta_kernel(len(x), ksize).to(x))
 
-    def _kernel_window(self, y: Tensor, observation: Observation, ksize: tuple[int, int]) -> tuple[Observation, Tensor]:
+    def _kernel_window(
+        self, y: Tensor, observation: Observation, ksize: tuple[int, int], tile: int | None
+    ) -> tuple[Observation, Tensor]:
         """What the first kernel is searched on, the image or the busiest window of a large one; and it denoised."""
         window = runtime.busiest_window(y)
         if window.shape != y.shape:
             canvas = Canvas.around((window.shape[-2], window.shape[-1]), ksize)
             observation = Observation.of(canvas.extend(window), observation.sigma, canvas)
-        model = runtime.fit_to_size(self.model, observation.size, self.tile)
+        model = runtime.fit_to_size(self.model, observation.size, tile)
         return observation, denoise_observation(model, observation)
 
     def _guide(self, *, blind: bool) -> Guidance:

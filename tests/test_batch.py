@@ -363,3 +363,39 @@ def test_read_only_folder(folder, tmp_path):
     (tmp_path / "out").mkdir(mode=0o555)
     with pytest.raises(OutputError, match="Permission denied"):
         plan_files([folder], tmp_path / "out")
+
+
+class Together(Engine):
+    """The same engine, whose `map` works in batches: all requests first, then the results, some of them failures."""
+
+    def map(self, requests, *, batch_size, kernel, on_step):
+        assert batch_size == 2
+        requests = list(requests)
+        for r in requests:
+            on_step(1, 2)
+            try:
+                yield self(r.image, sigma=r.sigma, seed=r.seed, kernel=kernel, lossy=r.lossy)
+            except Exception as error:
+                yield error
+
+
+def test_batches_have_the_outcomes_of_single_files(folder, tmp_path):
+    """Broken files before, between and after the good ones; an item that fails; resumption."""
+    for name in ("0.png", "bb.png", "z.png"):
+        (folder / name).write_bytes(b"junk")
+    save_picture(folder / "d.png", 10)
+    failures = {10: FloatingPointError("not finite")}
+    one = list(deblur_files([folder], Engine(failures), tmp_path / "one", seed=5))
+    steps = []
+    options = {"seed": 5, "batch_size": 2, "on_step": lambda item, done, total: steps.append(item.source.name)}
+    many = list(deblur_files([folder], Together(failures), tmp_path / "many", **options))
+
+    def facts(outcome):
+        kept = {k: v for k, v in outcome.record.items() if k not in ("seconds", "finished")}
+        return outcome.source, outcome.status, outcome.error and (outcome.error.code, str(outcome.error)), kept
+
+    assert [facts(o) for o in many] == [facts(o) for o in one] and len(many) == 7
+    assert steps[0] == "a.png"
+    assert sorted(os.listdir(tmp_path / "many")) == sorted(os.listdir(tmp_path / "one"))
+    again = list(deblur_files([folder], Together(failures), tmp_path / "many", skip_existing=True, **options))
+    assert [o.status for o in again] == ["failed", "skipped", "skipped", "failed", "skipped", "failed", "failed"]

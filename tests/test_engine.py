@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from fastem import ops
-from fastem.engine import LOSSY_SIGMA, SIGMA_FLOOR, STARTS, Deblurrer, NumericError, looks_periodic, reblur_chi2
+from fastem.engine import (
+    LOSSY_SIGMA,
+    SIGMA_FLOOR,
+    STARTS,
+    Deblurrer,
+    NumericError,
+    Request,
+    looks_periodic,
+    reblur_chi2,
+)
 from fastem.metrics import kernel_correlation, psnr, psnr_aligned
 from fastem.models import EpsModel, GaussianEps, load_model
 from fastem.operators import Canvas
@@ -336,6 +345,64 @@ def test_map_keeps_the_order_and_the_failures():
     results = list(quick().map([y, bad, y[:20]], sigma=0.02, seed=3))
     assert np.array_equal(results[0].image, quick()(y, sigma=0.02, seed=3).image)
     assert isinstance(results[1], ValueError) and results[2].image.shape == (20, 24, 3)
+
+
+def test_map_restores_in_batches():
+    """Mixed sizes, requests of their own, a constant image, a broken one: as one by one, but for the last bits."""
+    images = [blurred(24, 24, seed)[2] for seed in range(3)] + [blurred(20, 24)[2], np.full((24, 24, 3), 7, np.uint8)]
+    items = [Request(y, 0.02, seed) for seed, y in enumerate(images)]
+    items.insert(2, Request(np.full((24, 24, 3), np.nan, np.float32)))
+    done = list(quick(boundary="circular").map(items, batch_size=4))
+    assert isinstance(done.pop(2), ValueError) and done[4].warnings
+    for seed, (y, r) in enumerate(zip(images, done, strict=True)):
+        alone = quick(boundary="circular")(y, sigma=0.02, seed=seed)
+        assert r.image.shape == y.shape and r.sigma == alone.sigma
+        np.testing.assert_allclose(r.samples, alone.samples, atol=1e-3)
+        np.testing.assert_allclose(r.kernel, alone.kernel, atol=1e-3)
+
+
+def test_the_company_in_a_batch_changes_no_bit():
+    mine, *others = (Request(blurred(24, 24, seed)[2], 0.02, seed) for seed in range(4))
+    engine, pairs = quick(boundary="circular"), ([mine, others[0]], [mine, others[1]])
+    runs = [next(engine.map(items, batch_size=2)) for items in pairs]
+    assert np.array_equal(runs[0].samples, runs[1].samples) and np.array_equal(runs[0].kernel, runs[1].kernel)
+
+
+class Tight(EpsModel):
+    """A network for which memory ends above so many pixels."""
+
+    def __init__(self, pixels):
+        super().__init__(3)
+        self.inner, self.pixels, self.seen = natural(), pixels, []
+
+    def forward(self, x_t, t):
+        self.seen.append(tuple(x_t.shape))
+        if x_t[:, 0].numel() > self.pixels:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.inner(x_t, t)
+
+
+def test_where_memory_ends_map_goes_on_with_less(monkeypatch):
+    monkeypatch.setattr("fastem.engine.TIGHT_TILE", 16)
+    images, k = [blurred(24, 24, seed)[2] for seed in range(3)], motion_kernel(5, 0)
+
+    def run(pixels):
+        engine = Deblurrer(Tight(pixels), kernel_size=5, steps=2, boundary="circular", device="cpu")
+        with pytest.warns(RuntimeWarning, match="memory ended: images run in batches of at most"):
+            return list(engine.map(images, batch_size=4, sigma=0.02, kernel=k)), engine.model.seen
+
+    done, seen = run(2 * 24 * 24)  # two images fit
+    assert all(np.isfinite(r.samples).all() for r in done) and seen[-1][0] <= 2
+    done, seen = run(16 * 16)  # not even one, but a tile does
+    assert all(np.isfinite(r.samples).all() for r in done) and seen[-1] == (1, 3, 16, 16)
+    done, _ = run(100)  # nothing does
+    assert [type(r) for r in done] == [torch.OutOfMemoryError] * 3
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, "all", 5000])
+def test_batch_sizes_that_do_not_exist(batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        next(quick().map([blurred(24, 24)[2]], batch_size=batch_size))
 
 
 # ------------------------------------------------------------------------------------------------ errors

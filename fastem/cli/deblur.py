@@ -56,6 +56,9 @@ def deblur(
         str, typer.Option(metavar="LIST", help="of image,kernel,mean,std,sheet,json; sheet: before, after and kernel")
     ] = "image,kernel,json",
     name_by: console.NameBy = "stem",
+    batch_size: Annotated[
+        str, typer.Option(metavar="auto|N", help="pictures of one size restored together; auto: 1 on a CPU")
+    ] = "auto",
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="leave finished results of this request alone")
     ] = False,
@@ -69,7 +72,7 @@ def deblur(
 
     For a.jpg this writes a.png, a.kernel.npy, a.kernel.png and a.json into the output folder.
     """
-    level = parse_sigma(sigma, force)
+    level, together = parse_sigma(sigma, force), parse_batch_size(batch_size)
 
     from fastem.batch import deblur_plan, plan_files  # torch loads here, not for --help
     from fastem.io import shown
@@ -99,9 +102,19 @@ def deblur(
             outcomes = deblur_plan(
                 plan, engine, sigma=level, seed=seed, kernel=known, skip_existing=skip_existing,
                 max_pixels=int(max_megapixels * 1e6), max_bytes=int(max_megabytes * 1e6), on_step=on_step,
+                batch_size=together,
             )  # fmt: skip
         code = console.show_outcomes(outcomes, plan, progress)
     raise typer.Exit(code)
+
+
+def parse_batch_size(text: str) -> int | str:
+    """ "auto", or a whole number from 1 to 1024."""
+    if text == "auto":
+        return text
+    if not (text.isdecimal() and 1 <= int(text) <= 1024):
+        raise typer.BadParameter(f"--batch-size is auto or a whole number from 1 to 1024, got {text!r}")
+    return int(text)
 
 
 def parse_sigma(text: str, force: bool = False) -> float | None:

@@ -1,24 +1,34 @@
-"""Where and how things run: the device and its limits, and steps recorded as CUDA graphs."""
+"""Where and how things run: the device and its limits, steps recorded as CUDA graphs, batches of images."""
 
 from fastem.runtime.graphs import StepGraphs
+from fastem.runtime.microbatch import LOOK_AHEAD, MicroBatches, ahead, is_out_of_memory, release_device
 from fastem.runtime.nosync import NoSync, SyncError
 from fastem.runtime.placement import (
     WINDOW_PIXELS,
     WINDOW_SIDE,
     busiest_window,
     check_memory,
+    device_bytes,
     fit_to_size,
+    largest_batch,
     resolve_device,
 )
 
 __all__ = [
+    "LOOK_AHEAD",
     "WINDOW_PIXELS",
     "WINDOW_SIDE",
+    "MicroBatches",
     "NoSync",
     "StepGraphs",
     "SyncError",
+    "ahead",
     "busiest_window",
     "check_memory",
+    "device_bytes",
     "fit_to_size",
+    "is_out_of_memory",
+    "largest_batch",
+    "release_device",
     "resolve_device",
 ]

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastem.models import EpsModel, TiledEps
+from fastem.operators import Canvas
 
 TILE_PIXELS = 2_000_000  # larger images are evaluated tile by tile, which bounds the activations
 LARGE_TILE, LARGE_OVERLAP = 768, 64  # tiles of networks that take any size
 BASE_BYTES, BACKWARD_BYTES = 1_000_000_000, 700_000_000  # program and network, and what the network's backward adds
 IMAGE_BYTES, PARTICLE_BYTES, GUIDED_BYTES = 120, 200, 260  # per pixel; the last where there is a backward
+FREE_SHARE, MOST_IMAGES = 0.6, 32  # of a batch: part of the free GPU memory it may fill; more images gain nothing
 WINDOW_PIXELS = 1_500_000  # of larger images a window of this size decides where the search for the kernel starts
 WINDOW_SIDE = 512  # pixels; it is no narrower, unless the image is
 WINDOW_STEP = 16  # pixels; grid on which windows are placed
@@ -59,6 +61,27 @@ def check_memory(size: tuple[int, int], particles: int, *, jacobian: bool, devic
             f"{size[1]} x {size[0]} pixels with {particles} particles need about {need / 1e9:.0f} GB of memory, "
             f"this machine has {have / 1e9:.0f} GB"
         )
+
+
+def device_bytes(model: nn.Module, canvas: Canvas, particles: int, *, jacobian: bool, device: torch.device) -> int:
+    """What one image and its particles take on a GPU: the peak of an evaluation of the network, and the step's rest."""
+    x = torch.zeros(particles, 3, canvas.height, canvas.width, device=device, requires_grad=jacobian)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.set_grad_enabled(jacobian):
+        eps = model(x, 500.0)
+    if jacobian:
+        torch.autograd.grad(eps, x, torch.zeros_like(eps))
+    torch.cuda.synchronize(device)
+    network = torch.cuda.max_memory_allocated(device) - before
+    return network + canvas.height * canvas.width * (IMAGE_BYTES + particles * PARTICLE_BYTES)
+
+
+def largest_batch(free: int, each: int) -> int:
+    """Images of `each` bytes that a batch holds with `free` bytes: a power of two up to `MOST_IMAGES`."""
+    fitting = int(FREE_SHARE * free) // max(each, 1)
+    return min(1 << max(fitting.bit_length() - 1, 0), MOST_IMAGES)
 
 
 def fit_to_size(model: EpsModel, size: tuple[int, int], tile: int | None = None) -> nn.Module:
