@@ -44,7 +44,7 @@ class MicroBatches(Generic[T, R]):
         kind: items of equal kind may share a batch.
         size: items per batch, or a function of the first item of a kind that tells.
         free: called where memory ended, before the next attempt.
-        cut: what an item can do without: `run(..., tiled=True)` is worth a try for items of which this is true (None: all).
+        cut: whether `run(..., tiled=True)` is worth a try for an item (None: always).
 
     Batches are padded to a power of two with copies of their last item: the same programs serve all of them, and the
     result of an item does not depend on its company in a batch of the same padded size. Where memory ends the batch is
