@@ -49,6 +49,27 @@ def ssim(a: Array, b: Array, data_range: float = 1.0) -> float:
     return index.mean().item()
 
 
+def ms_ssim(a: Array, b: Array, data_range: float = 1.0) -> float:
+    """Multi-scale structural similarity, Wang, Simoncelli and Bovik 2003: five scales, as torchmetrics computes it.
+
+    Raises:
+        ImportError: without torchmetrics (`pip install fastem[eval]`).
+        ValueError: if a side has 160 pixels or fewer: the coarsest window would not fit.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    a, b = _image_pair(a, b)
+    if not ms_ssim_fits(a.shape[-2:]):
+        raise ValueError(f"MS-SSIM needs more than 160 pixels on each side, got {tuple(a.shape[-2:])}")
+    a, b = (x.reshape(-1, 1, *x.shape[-2:]) for x in (a, b))
+    return multiscale_structural_similarity_index_measure(a, b, data_range=data_range).item()
+
+
+def ms_ssim_fits(size: tuple[int, int]) -> bool:
+    """Whether images of this size have the five scales of MS-SSIM."""
+    return min(size) > 10 * 2**4
+
+
 class Alignment(NamedTuple):
     """What was taken out before scoring: `estimate(p + shift) * gain` is compared with `truth(p)`."""
 
@@ -86,6 +107,15 @@ def align(
         )
     shift, gain, mse = _register(a, b, max_shift, border, free_gain=True)
     return Alignment(_psnr(mse, data_range), shift, gain)
+
+
+def aligned(estimate: Array, found: Alignment) -> Array:
+    """The estimate with shift and gain taken out, of the kind and shape it came in, float64. Periodic at the border."""
+    channels_last = isinstance(estimate, np.ndarray) and estimate.ndim == 3 and estimate.shape[-1] <= 4
+    moved = found.gain * fourier_shift(_channels_first(estimate), (-found.shift[0], -found.shift[1]))
+    if isinstance(estimate, Tensor):
+        return moved
+    return (moved.movedim(0, -1) if channels_last else moved).numpy()
 
 
 def kernel_mse(k: Array, k_true: Array, align: bool = True) -> float:

@@ -21,14 +21,14 @@ LAYERS = [  # low to high: a module of fastem imports only lower layers, or its 
     {"guidance"},
     {"samplers", "mstep", "initial"},
     {"em"},
-    {"runtime"},
+    {"runtime", "baselines"},
     {"engine"},
-    {"batch", "training", "profiling"},
+    {"batch", "training", "profiling", "evaluation"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-TOUCH_FILES = {"io", "batch", "training", "profiling", "models.checkpoints", "env"}  # env reads /proc
+TOUCH_FILES = {"io", "batch", "training", "profiling", "evaluation", "models.checkpoints", "env"}  # env reads /proc
 FILE_CALLS = {"read_text", "write_text", "read_bytes", "write_bytes", "fdopen"}
 FILE_CALLS |= {"torch.load", "torch.save", "np.load", "np.save", "Image.open", "tarfile.open"}
 

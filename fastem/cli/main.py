@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from fastem.cli import console, deblur, degrade, doctor, profile, train
+from fastem.cli import console, deblur, degrade, doctor, evaluate, profile, train
 from fastem.cli.console import ExitCode
 
 LEFT_BEHIND = "finished results are complete, the one in progress is absent"
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command(epilog="example: fastem deblur photo.jpg -o out/ --sigma 5")(deblur.deblur)
 app.command(epilog="example: fastem degrade sharp/ -o blurred/ --sigma 5 --kernel-size 33")(degrade.degrade)
+app.command(epilog="example: fastem evaluate public --data images/ -o results/ --limit 4")(evaluate.evaluate)
 app.add_typer(train.app, name="train")
 app.command(epilog="example: fastem profile --guidance pigdm --json base.json")(profile.profile)
 app.command()(doctor.doctor)

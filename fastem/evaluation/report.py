@@ -1,0 +1,504 @@
+"""The report of an evaluation: `summary.json`, `report.md` and `report.html` with plots and sheets of pictures."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import io as text_io
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fastem import io
+from fastem.evaluation.protocol import PAPER_FIGURES
+from fastem.evaluation.run import COLUMNS, KEY, Row, read_rows, read_run, row_files, slug
+from fastem.evaluation.statistics import bootstrap_mean, paired
+
+NEEDS_EXTRA = "pip install fastem[eval]"
+PANEL, CAPTION, GAP, PANELS_PER_ROW = 256, 16, 6, 4  # pixels of the sheets
+LABELS = {
+    "psnr": "PSNR", "ssim": "SSIM", "psnr_sa": "PSNR-SA", "kernel_mse": "kernel MSE", "seconds": "seconds",
+    "forwards": "evaluations",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Table:
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    path: str
+    caption: str
+
+
+Block = Heading | Table | Picture | str
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def summarise(rows: list[Row]) -> dict[str, Any]:
+    """Figures of one method over its cases; a figure that no row has is absent.
+
+    `worse` counts the cases with less aligned PSNR than the input, and those that ended with an error.
+    """
+    found: dict[str, Any] = {"cases": len(rows), "errors": sum("error" in row for row in rows)}
+    names = [n for n in COLUMNS if n not in {*KEY, "method", "observation", "error"}]
+    names += sorted({n for row in rows for n in row} - set(COLUMNS))
+    for name in names:
+        values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
+        if values:
+            found[name] = bootstrap_mean(values)._asdict() | {"median": statistics.median(values), "count": len(values)}
+    gains = [row["gain"] for row in rows if "gain" in row]
+    if gains or found["errors"]:
+        found["worse"] = sum(g < 0 for g in gains) + found["errors"]
+    return found
+
+
+def common_cases(rows: list[Row], methods: list[str]) -> dict[str, list[Row]]:
+    """The rows of each method at the cases that all of them have, in the same order.
+
+    Raises:
+        ValueError: if a case was not the same observation for all: such rows must not be compared.
+    """
+    table: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        table.setdefault(tuple(row[name] for name in KEY), {})[row["method"]] = row
+    shared = {key: by for key, by in sorted(table.items()) if all(name in by for name in methods)}
+    for key, by in shared.items():
+        if len({by[name]["observation"] for name in methods}) > 1:
+            raise ValueError(f"the methods were given different observations of {' '.join(key)}; start a new folder")
+    return {name: [by[name] for by in shared.values()] for name in methods}
+
+
+def groups(rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
+    """All rows; then by noise and boundary, by image folder and by kernel family where there are several."""
+    yield "all cases", rows
+    for names, label in (
+        (("sigma", "boundary"), lambda v: f"sigma {v[0] or 'estimated'}, {v[1]}"),
+        (("source", "set"), lambda v: f"images of {v[1]}"),
+        (("family",), lambda v: f"kernels: {v[0]}"),
+    ):
+        values = sorted({tuple(row[n] for n in names) for row in rows}, key=lambda v: [_natural(x) for x in v])
+        if len(values) > 1:
+            for value in values:
+                yield label(value), [row for row in rows if tuple(row[n] for n in names) == value]
+
+
+def _natural(text: str) -> tuple[float, str]:
+    try:
+        return float(text), ""
+    except ValueError:
+        return math.inf, text
+
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+
+def _number(entry: dict | None, digits: int = 2, what: str = "mean") -> str:
+    return "" if entry is None else f"{entry[what]:.{digits}f}"
+
+
+def _interval(entry: dict | None, digits: int = 2, sign: str = "") -> str:
+    if entry is None:
+        return ""
+    mean = f"{entry['mean']:{sign}.{digits}f}"
+    return (
+        mean
+        if math.isnan(entry["low"])
+        else f"{mean} [{entry['low']:{sign}.{digits}f}, {entry['high']:{sign}.{digits}f}]"
+    )
+
+
+def _small(entry: dict | None) -> str:
+    return "" if entry is None else f"{entry['mean']:.2g}"
+
+
+Column = tuple[str, Callable[[dict[str, Any]], str]]
+FIGURES: list[Column] = [
+    ("cases", lambda s: str(s["cases"])),
+    ("PSNR aligned, dB [95 %]", lambda s: _interval(s.get("psnr_aligned"))),
+    ("gain, dB [95 %]", lambda s: _interval(s.get("gain"), sign="+")),
+    ("median gain", lambda s: "" if "gain" not in s else f"{s['gain']['median']:+.2f}"),
+    ("worse", lambda s: f"{s['worse']} of {s['cases']}" if "worse" in s and "psnr" in s else ""),
+    ("PSNR raw", lambda s: _number(s.get("psnr"))),
+    ("PSNR-SA", lambda s: _number(s.get("psnr_sa"))),
+    ("SSIM raw", lambda s: _number(s.get("ssim"), 3)),
+    ("SSIM aligned", lambda s: _number(s.get("ssim_aligned"), 3)),
+    ("MS-SSIM", lambda s: _number(s.get("ms_ssim"), 3)),
+    ("kernel MSE", lambda s: _small(s.get("kernel_mse"))),
+    ("kernel rel. error", lambda s: _number(s.get("kernel_error"), 3)),
+    ("median rel. error", lambda s: _number(s.get("kernel_error"), 3, "median")),
+    ("kernel corr. (median)", lambda s: _number(s.get("kernel_correlation"), 3, "median")),
+    ("chi² (median)", lambda s: _number(s.get("chi2"), 2, "median")),
+]
+COST_FIGURES: list[Column] = [
+    ("seconds (median)", lambda s: "" if "seconds" not in s else f"{s['seconds']['median']:.3g}"),
+    ("CPU seconds (median)", lambda s: "" if "cpu_seconds" not in s else f"{s['cpu_seconds']['median']:.3g}"),
+    ("network evaluations", lambda s: _number(s.get("forwards"), 1)),
+    ("gradients", lambda s: _number(s.get("vjps"), 1)),
+    ("GFLOP", lambda s: "" if "gflop" not in s else f"{s['gflop']['mean']:.4g}"),
+]
+
+
+def figure_table(by_method: dict[str, dict[str, Any]], columns: list[Column], paper: dict | None = None) -> Table:
+    """One line per method; columns without any figure are left out. The paper's figures have columns of their own."""
+    plugins = sorted({n for s in by_method.values() for n in s if "." in n})
+    columns = (
+        [*columns, *((n, lambda s, n=n: _number(s.get(n), 4)) for n in plugins)] if columns is FIGURES else columns
+    )
+    figures = (paper or {}).get("figures", {})
+    quoted = [n for n in PAPER_FIGURES if any(n in figures.get(m, {}) for m in by_method)]
+    filled = [(h, f) for h, f in columns if any(f(s) for s in by_method.values())]
+    header = ["method", *(h for h, _ in filled), *(f"paper: {LABELS[n]}" for n in quoted)]
+    rows = [
+        [name, *(f(s) for _, f in filled), *(_quote(figures.get(name, {}).get(n)) for n in quoted)]
+        for name, s in by_method.items()
+    ]
+    return Table(header, rows)
+
+
+def _quote(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def test_table(rows: dict[str, list[Row]], reference: str, name: str, label: str) -> Table | None:
+    """Paired differences of a figure: each method minus the reference."""
+    lines = []
+    for method, of in rows.items():
+        pairs = [(a[name], b[name]) for a, b in zip(of, rows[reference], strict=True) if name in a and name in b]
+        pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        if method == reference or len(pairs) < 2:
+            continue
+        t = paired(*zip(*pairs, strict=True))
+        p = "" if math.isnan(t.p) else f"{t.p:.2g}"
+        lines.append(
+            [method, str(t.count), _interval(t.difference._asdict(), 3, "+"), f"{t.median:+.3f}", str(t.better), p]
+        )
+    header = [f"{label}, minus {reference}", "pairs", "mean [95 %]", "median", "higher in", "p (Wilcoxon)"]
+    return Table(header, lines) if lines else None
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def write_report(out: Path) -> Path:
+    """Writes everything from the rows in the folder; returns the path of `report.md`.
+
+    Raises:
+        ProtocolError: if the folder holds no evaluation.
+        ValueError: if rows of one case belong to different observations.
+    """
+    run, rows = read_run(out), read_rows(row_files(out))
+    protocol = run["protocol"]
+    methods = [name for name in protocol["methods"] if any(row["method"] == name for row in rows)]
+    blocks: list[Block] = [Heading(protocol["title"], 1)]
+    blocks += [protocol["notes"]] if protocol["notes"] else []
+    machine = run["machine"]
+    where = ", ".join(str(machine[k]) for k in ("cpu", "gpu") if machine[k])
+    blocks.append(
+        f"Protocol `{protocol['name']}`, {len(rows)} rows, program {run['program']}, fastem {machine['fastem']}, "
+        f"torch {machine['torch']}, {machine['threads']} threads of {where}."
+    )
+    summary: dict[str, Any] = {"run": run, "groups": {}}
+    if not methods:
+        blocks.append("Nothing was run yet.")
+    else:
+        fast = [m for m in methods if not protocol["methods"][m]["limit"]] or methods
+        blocks += _sections(rows, fast, protocol, summary, "")
+        if slow := [m for m in methods if m not in fast]:
+            blocks += _sections(
+                rows, methods, protocol, summary, f"with the slow methods ({', '.join(slow)}): ", ("all cases",)
+            )
+        blocks += _plots(out, rows, methods, protocol)
+        blocks += _sheets(out, rows, methods)
+    if (out / "sets.json").exists():
+        blocks += [Heading("Metrics of whole sets"), *_set_tables(json.loads((out / "sets.json").read_text()))]
+    blocks += [Heading("How to read this"), HOW_TO_READ]
+    for name, text in (
+        ("summary.json", json.dumps(_finite(summary), indent=1)), ("report.md", markdown(blocks)),
+        ("report.html", web_page(blocks, protocol["title"])),
+    ):  # fmt: skip
+        with io.atomic_write(out / name) as file:
+            file.write(text.encode())
+    return out / "report.md"
+
+
+HOW_TO_READ = (
+    "All methods see the same observations. Aligned: after the best shift and gain, which blind deconvolution cannot "
+    "know, and without a border. Gain: aligned PSNR over that of the input, aligned too. Worse: cases with less than "
+    "the input, and errors. Intervals: percentile bootstrap over the cases, 10000 draws. PSNR-SA: of the mean of the "
+    "particles. Relative kernel error: squared distance over squared norm, after the best shift (1 is no kernel at "
+    "all); correlation: greatest normalised cross-correlation. chi²: mean squared residual of image and kernel over "
+    "the noise variance. SSIM: 11 x 11 Gaussian window of std 1.5, mean over pixels and channels. Network "
+    "evaluations and gradients were counted on the network while it ran; FLOPs count multiplications and additions "
+    "apart. Columns `paper` quote published figures from other images and weights: they are no comparison."
+)
+
+
+def _sections(
+    rows: list[Row], methods: list[str], protocol: dict, summary: dict, prefix: str, only: tuple[str, ...] = ()
+) -> list[Block]:
+    blocks: list[Block] = []
+    for label, part in groups(rows):
+        shared = common_cases(part, methods)
+        if only and label not in only or not shared[methods[0]]:
+            continue
+        figures = {name: summarise(of) for name, of in shared.items()}
+        summary["groups"][prefix + label] = figures
+        everything = label == "all cases"
+        blocks.append(Heading((prefix + label).capitalize()))
+        blocks.append(figure_table(figures, FIGURES, protocol["paper"] if everything else None))
+        if everything:
+            if protocol["paper"].get("setup") and protocol["paper"].get("figures"):
+                blocks.append(f"Columns `paper`: {protocol['paper']['setup']}")
+            blocks.append(figure_table(figures, COST_FIGURES))
+            blocks += _tests(shared, protocol["reference"])
+    return blocks
+
+
+def _tests(shared: dict[str, list[Row]], reference: str) -> list[Block]:
+    if reference not in shared or len(shared) < 2:
+        return []
+    if importlib.util.find_spec("scipy") is None:
+        return [f"Tests of paired differences need scipy: {NEEDS_EXTRA}"]
+    named = [("psnr_aligned", "PSNR aligned"), ("kernel_error", "kernel rel. error")]
+    return [t for n, label in named if (t := test_table(shared, reference, n, label))]
+
+
+def _set_tables(sets: dict[str, dict[str, dict[str, float]]]) -> list[Block]:
+    tables: list[Block] = []
+    for plugin, by_method in sets.items():
+        names = sorted({n for values in by_method.values() for n in values})
+        lines = [[m, *(f"{v[n]:.4g}" if n in v else "" for n in names)] for m, v in by_method.items()]
+        tables.append(Table([plugin, *names], lines))
+    return tables
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown(blocks: list[Block]) -> str:
+    lines: list[str] = []
+    for block in blocks:
+        match block:
+            case Heading(text, level):
+                lines.append(f"{'#' * level} {text}")
+            case Table(header, rows):
+                cells = [header, ["---"] * len(header), *rows]
+                lines.append("\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells))
+            case Picture(path, caption):
+                lines.append(f"![{caption}]({path})")
+            case str(text):
+                lines.append(text)
+    return "\n\n".join(lines) + "\n"
+
+
+def web_page(blocks: list[Block], title: str) -> str:
+    body = []
+    for block in blocks:
+        match block:
+            case Heading(text, level):
+                body.append(f"<h{level}>{html.escape(text)}</h{level}>")
+            case Table(header, rows):
+                head = "".join(f"<th>{html.escape(c)}</th>" for c in header)
+                lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+                body.append(f"<table><tr>{head}</tr>{lines}</table>")
+            case Picture(path, caption):
+                path, caption = html.escape(path, quote=True), html.escape(caption)
+                body.append(f'<figure><img src="{path}" alt="{caption}"><figcaption>{caption}</figcaption></figure>')
+            case str(text):
+                body.append(f"<p>{html.escape(text)}</p>")
+    style = (
+        "body{font:15px/1.5 sans-serif;max-width:110em;margin:2em auto;padding:0 1em}table{border-collapse:collapse;"
+        "margin:1em 0}th,td{padding:.2em .7em;border-bottom:1px solid #ccc;text-align:right}th:first-child,"
+        "td:first-child{text-align:left}img{max-width:100%}figure{margin:1em 0}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style>{''.join(body)}</html>\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- plots
+
+
+def _plots(out: Path, rows: list[Row], methods: list[str], protocol: dict) -> list[Block]:
+    if not protocol["plots"]:
+        return []
+    if importlib.util.find_spec("matplotlib") is None:
+        return [f"Plots need matplotlib: {NEEDS_EXTRA}"]
+    blocks: list[Block] = [Heading("Plots")]
+    shared = common_cases(rows, [m for m in methods if not protocol["methods"][m]["limit"]] or methods)
+    series = {name: protocol["methods"][name]["series"] for name in shared}
+    for kind in protocol["plots"]:
+        data, caption = PLOTTERS[kind](shared, series)
+        if data:
+            with io.atomic_write(out / f"plot_{kind}.png") as file:
+                file.write(data)
+            blocks.append(Picture(f"plot_{kind}.png", caption))
+    return blocks
+
+
+def _figure(panels: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * panels, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def _png(figure) -> bytes:
+    buffer = text_io.BytesIO()
+    figure.savefig(buffer, dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _against_sigma(shared: dict[str, list[Row]], name: str, label: str, log: bool) -> bytes:
+    levels = sorted({float(r["sigma"]) for rows in shared.values() for r in rows if r["sigma"]})
+    figure, (axes,) = _figure()
+    drawn = False
+    for i, (method, rows) in enumerate(shared.items()):
+        points = [
+            (s, bootstrap_mean(v))
+            for s in levels
+            if (v := [r[name] for r in rows if r["sigma"] == f"{s:g}" and name in r])
+        ]
+        if points:
+            x, y = [s for s, _ in points], [p.mean for _, p in points]
+            error = np.nan_to_num([[p.mean - p.low for _, p in points], [p.high - p.mean for _, p in points]])
+            axes.errorbar(x, y, error, marker="osD^v<>"[i % 7], capsize=3, label=method)
+            drawn = True
+    if not drawn:
+        return b""
+    axes.set(xlabel="sigma, grey levels", ylabel=label, yscale="log" if log else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def _plot_sigma(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
+    return _against_sigma(shared, "psnr_aligned", "PSNR aligned, dB", False), "PSNR over noise level, 95 % intervals"
+
+
+def _plot_kernel(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
+    data = _against_sigma(shared, "kernel_error", "relative kernel error", True)
+    return data, "Relative kernel error over noise level, 95 % intervals"
+
+
+def _plot_time(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
+    figure, panels = _figure(2)
+    for axes, cost, label in zip(
+        panels, ("seconds", "gflop"), ("seconds per image", "GFLOP of the network"), strict=True
+    ):
+        lines: dict[str, list[tuple[float, float, str]]] = {}
+        for method, rows in shared.items():
+            both = [(r[cost], r["psnr_aligned"]) for r in rows if cost in r and "psnr_aligned" in r]
+            if both:
+                point = (statistics.median(c for c, _ in both), statistics.mean(p for _, p in both), method)
+                lines.setdefault(series[method] or method, []).append(point)
+        for name, points in lines.items():
+            points.sort()
+            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)
+        if lines:
+            axes.set(xlabel=label, ylabel="PSNR aligned, dB", xscale="log")
+            axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    return _png(figure), "PSNR over time and over work"
+
+
+PLOTTERS = {"sigma": _plot_sigma, "time": _plot_time, "kernel": _plot_kernel}
+
+
+# ------------------------------------------------------------------------------------------------------------ sheets
+
+
+def _sheets(out: Path, rows: list[Row], methods: list[str]) -> list[Block]:
+    """Side by side: the input, every method with its kernel, the truth."""
+    folder = out / "pictures" / "input"
+    if not folder.is_dir():
+        return []
+    captions: dict[tuple[str, str], str] = {}
+    for row in rows:
+        stem = slug("-".join(row[n] for n in KEY if row[n]))
+        figure = (
+            f"{row['psnr_aligned']:.2f} dB"
+            if "psnr_aligned" in row
+            else f"chi² {row['chi2']:.2f}"
+            if "chi2" in row
+            else ""
+        )
+        captions[row["method"], stem] = f"{row['method']} {figure}"
+    blocks: list[Block] = [Heading("Side by side")]
+    (out / "sheets").mkdir(exist_ok=True)
+    for file in sorted(folder.glob("*.png"))[:MOST_SHEETS]:
+        stem = file.stem
+        panels = [_panel(out / "pictures", label, stem, text) for label, text in (
+            ("input", "input"), *((m, captions.get((m, stem), m)) for m in methods), ("truth", "truth"),
+        )]  # fmt: skip
+        sheet = _mosaic([p for p in panels if p is not None])
+        buffer = text_io.BytesIO()
+        sheet.save(buffer, "PNG", optimize=True)
+        with io.atomic_write(out / "sheets" / f"{stem}.png") as target:
+            target.write(buffer.getvalue())
+        blocks.append(Picture(f"sheets/{stem}.png", stem))
+    return blocks if len(blocks) > 1 else []
+
+
+MOST_SHEETS = 64
+
+
+def _panel(folder: Path, label: str, stem: str, caption: str) -> Image.Image | None:
+    """A picture with its kernel in the corner and a caption below."""
+    file, kernel = folder / slug(label) / f"{stem}.png", folder / slug(label) / f"{stem}.kernel.png"
+    if not file.exists():
+        return None
+    image = Image.fromarray(io.read_image(file).pixels).convert("RGB")
+    scale = PANEL / max(image.size)
+    if scale < 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    if kernel.exists():
+        side = max(min(image.size) // 4, 8)
+        small = Image.fromarray(io.read_image(kernel).pixels).convert("RGB").resize((side, side), Image.Resampling.BOX)
+        image.paste(small, (image.width - side, 0))
+    panel = Image.new("RGB", (max(image.width, PANEL // 2), image.height + CAPTION), "white")
+    panel.paste(image, (0, 0))
+    ImageDraw.Draw(panel).text((2, image.height + 2), caption, fill="black")
+    return panel
+
+
+def _mosaic(panels: list[Image.Image]) -> Image.Image:
+    lines = [panels[i : i + PANELS_PER_ROW] for i in range(0, len(panels), PANELS_PER_ROW)]
+    width = max(sum(p.width + GAP for p in line) for line in lines)
+    sheet = Image.new("RGB", (width, sum(max(p.height for p in line) + GAP for line in lines)), "white")
+    top = 0
+    for line in lines:
+        left = 0
+        for panel in line:
+            sheet.paste(panel, (left, top))
+            left += panel.width + GAP
+        top += max(p.height for p in line) + GAP
+    return sheet

@@ -1,0 +1,479 @@
+"""The harness: paired, resumable, honest about failures; statistics against cases whose answer is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastem import metrics
+from fastem.baselines import BASELINES, Problem
+from fastem.cli.main import run as command
+from fastem.evaluation import (
+    Evaluation,
+    NetworkCounter,
+    ProtocolError,
+    bootstrap_mean,
+    list_cases,
+    load_protocol,
+    names,
+    network_flops,
+    paired,
+    parse_protocol,
+    write_report,
+)
+from fastem.evaluation import run as running
+from fastem.evaluation.cases import spread
+from fastem.evaluation.report import common_cases
+from fastem.evaluation.run import read_rows, row_files
+from fastem.synth import degrade, motion_kernel
+
+TINY = """
+title = "Tiny"
+reference = "blind"
+sheets = 1
+plots = ["sigma", "time"]
+
+[[cases]]
+source = "synthetic"
+images = ["sharp"]
+kernels = ["shake", "kernels/"]
+size = 5
+sigma = [5, 10]
+boundary = ["circular", "valid"]
+
+[methods.blind]
+options = { steps = 2 }
+
+[methods."with the kernel"]
+known = true
+options = { steps = 2, guidance = "pigdm", particles = 2 }
+
+[methods.wiener]
+kind = "wiener"
+
+[paper]
+setup = "elsewhere"
+[paper.figures.blind]
+psnr = 25.66
+"""
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory) -> Path:
+    """The smallest network that the real engine takes; what it has learnt is nothing."""
+    from fastem.models import NaturalConfig, NaturalPrior, save_natural
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("prior") / "small.safetensors"
+    save_natural(path, NaturalPrior(NaturalConfig(widths=(8, 8), num_blocks=1, embedding=8)), r2=None, card={})
+    return path
+
+
+def scene(size: int, seed: int) -> np.ndarray:
+    """`(size, size, 3)` uint8: random rectangles."""
+    rng = np.random.default_rng(seed)
+    x = np.full((size, size, 3), 128, np.uint8)
+    for _ in range(20):
+        top, left = rng.integers(0, size - 4, 2)
+        x[top : top + rng.integers(3, size // 2), left : left + rng.integers(3, size // 2)] = rng.integers(10, 245, 3)
+    return x
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    (root / "sharp").mkdir()
+    (root / "kernels").mkdir()
+    for i in range(3):
+        Image.fromarray(scene(32, i)).save(root / "sharp" / f"{'cab'[i]}.png")
+    np.save(root / "kernels" / "small.npy", motion_kernel(3, 1))
+    np.save(root / "kernels" / "too_large.npy", motion_kernel(9, 1))
+    return root
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def fastem(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments) -> tuple[int, list[str], str]:
+        code = command([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return int(code), out.splitlines(), err
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------------------- end to end
+
+
+def test_end_to_end(fastem, tiny, data, prior, tmp_path):
+    given = ("evaluate", tiny, "--data", data, "-o", "out", "--prior", prior)
+    code, lines, err = fastem(*given, "--limit", 2)
+    assert code == 0, err
+    assert len(lines) == 2 * 2 * 2 * 2 * 3 + 1 and lines[-1] == "out/report.md"
+    rows = read_rows(row_files(tmp_path / "out"))
+    assert len(rows) == 48 and {row["image"] for row in rows} == {"a", "b"}  # 1st and 2nd of a, b, c, evenly spread
+    assert {row["kernel"] for row in rows if row["family"] == "kernels"} == {"small"}  # the other does not fit
+    for row in rows:
+        assert math.isfinite(row["psnr"]) and row["gain"] == pytest.approx(
+            row["psnr_aligned"] - row["psnr_input_aligned"], abs=1e-4
+        )
+        assert row["seconds"] > 0 and row["sigma_used"] == pytest.approx(float(row["sigma"]), abs=1e-4)
+        assert ("psnr_sa" in row) == (row["method"] == "with the kernel")  # two particles
+    known = [row for row in rows if row["method"] == "with the kernel"]
+    assert all(row["kernel_error"] < 1e-9 and row["kernel_correlation"] > 0.999 for row in known)
+    assert {(row["forwards"], row["vjps"]) for row in known} == {(4.0, 4.0)}  # two steps of two particles
+    assert all(row["gflop"] > 0 for row in known)
+
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "# Tiny" in report and "paper: PSNR" in report and "25.66" in report and "p (Wilcoxon)" in report
+    for name in ("report.html", "plot_sigma.png", "plot_time.png", "summary.json", "run.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    (sheet,) = (tmp_path / "out" / "sheets").iterdir()
+    assert Image.open(sheet).size[0] > 3 * 32
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    blind = summary["groups"]["all cases"]["blind"]
+    assert blind["cases"] == 16 and blind["psnr"]["low"] <= blind["psnr"]["mean"] <= blind["psnr"]["high"]
+    of = [row for row in rows if row["method"] == "blind"]
+    assert blind["psnr"]["mean"] == pytest.approx(np.mean([row["psnr"] for row in of]), abs=1e-3)
+    assert blind["worse"] == sum(row["psnr_aligned"] < row["psnr_input_aligned"] for row in of)
+
+    code, lines, err = fastem(*given, "--limit", 2)  # all there: nothing runs again
+    assert code == 0 and lines == ["out/report.md"] and "48 of 48 rows" in err
+    assert fastem("evaluate", "--report-only", "-o", "out")[1] == ["out/report.md"]
+
+
+def test_methods_see_the_same_observation(data, tiny, prior, tmp_path):
+    run = Evaluation(load_protocol(str(tiny)), data, tmp_path / "out", limit=1, prior=str(prior))
+    rows = list(run.run())
+    by_case = {}
+    for row in rows:
+        by_case.setdefault(tuple(row[n] for n in running.KEY), set()).add(row["observation"])
+    assert len(by_case) == 8 and all(len(seen) == 1 for seen in by_case.values())
+    assert len({next(iter(seen)) for seen in by_case.values()}) == 8  # and every case is another one
+    rows[0]["observation"] = "something else"
+    with pytest.raises(ValueError, match="different observations"):
+        common_cases(rows, ["blind", "wiener"])
+
+
+def test_pairs_leave_out_what_one_method_lacks(data, tiny, prior, tmp_path):
+    rows = list(Evaluation(load_protocol(str(tiny)), data, tmp_path / "out", limit=1, prior=str(prior)).run())
+    gone = next(row for row in rows if row["method"] == "wiener")
+    shared = common_cases([row for row in rows if row is not gone], ["blind", "wiener"])
+    assert len(shared["blind"]) == len(shared["wiener"]) == 7
+    for a, b in zip(shared["blind"], shared["wiener"], strict=True):
+        assert [a[n] for n in running.KEY] == [b[n] for n in running.KEY]
+
+
+def test_resume_and_shards(data, tiny, prior, tmp_path):
+    protocol = load_protocol(str(tiny))
+
+    def start(out, **options):
+        return Evaluation(protocol, data, tmp_path / out, limit=1, prior=str(prior), methods=["wiener"], **options)
+
+    whole = list(start("whole").run())
+    first = start("parts")
+    for _, _row in zip(range(3), first.run(), strict=False):  # ended after three rows
+        pass
+    again = start("parts")
+    assert again.left < 8
+    rest = list(again.run())
+    assert len(rest) == again.total - (8 - len(rest))
+    scores = ("psnr", "kernel_error", "observation")
+    assert _scores(read_rows(row_files(tmp_path / "parts")), scores) == _scores(whole, scores)
+
+    for i in (1, 2, 3):
+        list(start("shards", shard=(i, 3)).run())
+    assert sorted(f.name for f in row_files(tmp_path / "shards")) == [f"rows.{i}of3.csv" for i in (1, 2, 3)]
+    assert _scores(read_rows(row_files(tmp_path / "shards")), scores) == _scores(whole, scores)
+    assert start("shards").left == 0
+
+
+def _scores(rows, names) -> dict:
+    return {
+        running.row_key(row): tuple(f"{row[n]:.4g}" if isinstance(row.get(n), float) else row.get(n) for n in names)
+        for row in rows
+    }
+
+
+def test_a_failing_method_costs_a_row_not_the_run(data, tiny, prior, tmp_path, monkeypatch):
+    def broken(problem):
+        raise ValueError("no such\nluck")
+
+    monkeypatch.setitem(BASELINES, "wiener", broken)
+    run = Evaluation(load_protocol(str(tiny)), data, tmp_path / "out", limit=1, methods=["wiener"], prior=str(prior))
+    rows = list(run.run())
+    assert len(rows) == 8 and all(row["error"] == "no such luck" and "psnr" not in row for row in rows)
+    write_report(tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["groups"]["all cases"]["wiener"]
+    assert figures["errors"] == figures["worse"] == 8
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_changed_run_is_refused_in_one_line(fastem, tiny, data, prior, tmp_path):
+    given = ("--data", data, "-o", "out", "--prior", prior, "--limit", 1, "--methods", "wiener")
+    assert fastem("evaluate", tiny, *given)[0] == 0
+    tiny.write_text(TINY.replace("sigma = [5, 10]", "sigma = [5, 12]"))
+    code, _, err = fastem("evaluate", tiny, *given)
+    assert code == 2 and err.splitlines() == [
+        "fastem: E_OPTION: out holds results of another protocol. Choose another folder with -o"
+    ]
+    tiny.write_text(TINY)
+    code, _, err = fastem("evaluate", tiny, *given, "--option", "steps=3")
+    assert code == 2 and "another protocol" in err
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run | {"program": "0"}))
+    code, _, err = fastem("evaluate", tiny, *given)
+    assert code == 2 and "another version of fastem" in err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("title = 3 =", "is not TOML"),
+        ("", "needs one [[cases]] or more"),
+        ("[[cases]]\nsource='x'", "needs one [methods.NAME] or more"),
+        (TINY.replace("sheets", "sheet"), "unknown key 'sheet'; allowed are cases, methods"),
+        (TINY.replace('kind = "wiener"', 'kind = "winner"'), "unknown kind 'winner'; allowed are engine, wiener"),
+        (TINY.replace('"synthetic"', '"thin air"'), "unknown source 'thin air'; allowed are synthetic, lai_pairs"),
+        (TINY.replace("size = 5", "sice = 5"), "unknown key 'sice'; allowed are images, kernels, size"),
+        (TINY.replace('"shake"', '"shook"'), "unknown kernel family 'shook'"),
+        (TINY.replace('["sharp"]', '["blunt"]'), "there is no folder"),
+        (TINY.replace('"sigma", "time"', '"pie"'), "unknown plot 'pie'"),
+        (TINY.replace('reference = "blind"', 'reference = "deaf"'), "the reference 'deaf' is none of its methods"),
+        (TINY.replace("steps = 2 }", "strides = 2 }", 1), "method 'blind': "),
+        (TINY.replace("psnr = 25.66", "psrn = 25.66"), "unknown key 'psrn'; allowed are forwards"),
+    ],
+)
+def test_bad_protocols(fastem, tiny, data, prior, text, message):
+    tiny.write_text(text)
+    code, out, err = fastem("evaluate", tiny, "--data", data, "--prior", prior)
+    assert code == 2 and not out and len(err.splitlines()) == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "name a protocol: "),
+        (("tabel1",), "there is no protocol 'tabel1': packaged are "),
+        (("public", "--shard", "3/2"), "--shard is i/n with 1 <= i <= n"),
+        (("public", "--option", "steps"), "--option is NAME=VALUE"),
+        (("public", "--methods", "magic", "--data", "DATA"), "unknown method 'magic'"),
+        (("ffhq", "--data", "DATA"), "needs --prior"),
+        (("--report-only", "-o", "nowhere"), "holds no evaluation"),
+        (("TINY", "--data", "DATA", "--metric-plugin", "no.such:metric"), "cannot load the metric"),
+    ],
+)
+def test_bad_arguments(fastem, tiny, data, arguments, message):
+    arguments = [{"DATA": data, "TINY": tiny}.get(a, a) for a in arguments]
+    code, _, err = fastem("evaluate", *arguments)
+    assert code == 2 and len(err.splitlines()) == 1 and message in err
+
+
+def test_packaged_protocols(fastem):
+    assert {"public", "table1", "table2", "fig1", "fig4", "fig5", "real", "ffhq"} <= set(names())
+    for name in names():
+        load_protocol(name)
+    assert {line.split()[0] for line in fastem("evaluate", "--list")[1]} == set(names())
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def test_sources_of_pairs(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "lai_pairs").mkdir()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "fastdiffusionem").mkdir()
+    (tmp_path / "gopro_pairs").mkdir()
+    (tmp_path / "blurred_real").mkdir()
+    k = motion_kernel(5, 0)
+    np.save(tmp_path / "kernels" / "lai_2.npy", k)
+    for name in ("lai_pairs/m_sharp", "lai_pairs/m_kernel2_blurred", "gopro_pairs/a_blurred", "gopro_pairs/a_sharp"):
+        Image.fromarray(scene(40, len(name))).save(tmp_path / f"{name}.png")
+    Image.fromarray(scene(40, 1)).save(tmp_path / "blurred_real" / "p.jpg")
+    x = rng.random((3, 24, 24), np.float32)
+    arrays = {"H": x, "L": 1.25 * x, "kernel": 1.25 * k, "sigma": np.float32(0.04)}
+    np.savez(tmp_path / "fastdiffusionem" / "sample0.npz", **arrays)
+    sources = ["lai_pairs", "fastdiffusionem", "gopro_pairs", "photos"]
+    protocol = parse_protocol({"cases": [{"source": s} for s in sources], "methods": {"a": {"kind": "wiener"}}}, "p")
+    lai, published, gopro, photo = (case.load() for case in list_cases(protocol, tmp_path))
+    np.testing.assert_array_equal(lai.kernel, k)
+    assert lai.border == 2 and lai.sigma is None and lai.kernel_size == (5, 5)
+    np.testing.assert_allclose(published.y, x.transpose(1, 2, 0), atol=1e-6)  # the sum of the kernel taken out
+    assert published.sigma == pytest.approx(0.032) and published.kernel.sum() == pytest.approx(1, abs=1e-6)
+    assert gopro.kernel is None and gopro.x is not None and gopro.lossy is False
+    assert photo.x is None and photo.lossy is True
+
+
+def test_random_objects_in_arrays_are_not_unpickled(tmp_path):
+    (tmp_path / "fastdiffusionem").mkdir()
+    np.savez(tmp_path / "fastdiffusionem" / "sample0.npz", sigma=np.array([{}], dtype=object))
+    protocol = parse_protocol({"cases": [{"source": "fastdiffusionem"}], "methods": {"a": {"kind": "wiener"}}}, "p")
+    with pytest.raises(ValueError, match="allow_pickle"):
+        list_cases(protocol, tmp_path)
+
+
+def test_spread():
+    assert spread(list(range(10)), 3) == [0, 3, 6] and spread([1, 2], 5) == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ statistics, metrics
+
+
+def test_bootstrap_interval_of_a_normal_sample():
+    x = np.random.default_rng(0).normal(3, 2, 500)
+    mean, low, high = bootstrap_mean(x)
+    half = 1.96 * x.std(ddof=1) / math.sqrt(500)
+    assert mean == pytest.approx(x.mean())
+    assert low == pytest.approx(mean - half, abs=0.05 * half) and high == pytest.approx(mean + half, abs=0.05 * half)
+    assert bootstrap_mean(x) == (mean, low, high)  # no luck involved
+    assert bootstrap_mean(x, level=0.5).high < high
+
+
+def test_bootstrap_interval_of_few_values():
+    assert bootstrap_mean([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
+    assert all(math.isnan(v) for v in bootstrap_mean([1.0])[1:])
+    low, high = bootstrap_mean([0.0, 1.0])[1:]
+    assert (low, high) == (0.0, 1.0)  # both draws equal in half of the cases
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_mean([1.0, math.inf])
+
+
+def test_paired_differences():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(25, 5, 12)  # images differ far more than methods
+    t = paired(hard + 0.2 + 0.01 * rng.normal(size=12), hard)
+    assert t.difference.low > 0.18 and t.better == 12
+    assert t.p == pytest.approx(2 / 2**12)  # exact: all twelve of one sign
+    assert math.isnan(paired(hard, hard).p)
+    assert paired(hard + rng.normal(size=12), hard).p > 0.05
+
+
+def test_ssim_and_ms_ssim_agree_with_torchmetrics():
+    image = pytest.importorskip("torchmetrics.functional.image")
+    x = torch.from_numpy(scene(192, 0)).permute(2, 0, 1)[None].double() / 255
+    y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)).clamp(0, 1)
+    _, theirs = image.structural_similarity_index_measure(y, x, data_range=1.0, return_full_image=True)
+    inside = theirs[..., 5:-5, 5:-5].mean().item()  # they count mirrored borders too
+    assert metrics.ssim(y, x) == pytest.approx(inside, abs=1e-9)
+    assert metrics.ms_ssim(x, x) == pytest.approx(1) and 0.5 < metrics.ms_ssim(y, x) < 0.999
+    assert not metrics.ms_ssim_fits((160, 500)) and metrics.ms_ssim_fits((161, 161))
+
+
+def test_aligned_takes_out_what_align_found():
+    x = scene(64, 0) / 255
+    y = np.roll(x, (2, -1), axis=(0, 1)) * 0.8
+    found = metrics.align(y, x, max_shift=4)
+    assert found.shift == pytest.approx((2, -1), abs=1e-6) and found.gain == pytest.approx(1.25)
+    np.testing.assert_allclose(metrics.aligned(y, found), x, atol=1e-6)
+
+
+def test_counter_counts_and_costs():
+    from fastem.models import EpsModel
+
+    class Net(EpsModel):
+        def __init__(self):
+            super().__init__(3)
+            self.conv = torch.nn.Conv2d(3, 3, 3, padding=1, bias=False)
+
+        def forward(self, x_t, t):
+            return self.conv(x_t)
+
+    net = Net()
+    counter = NetworkCounter(net)
+    with torch.no_grad():
+        net(torch.zeros(2, 3, 8, 8), 1.0)
+    assert (counter.forwards, counter.vjps) == (2, 0)
+    flops = 2 * 8 * 8 * 3 * 3 * 9
+    assert network_flops(net, (3, 8, 8)) == (flops, flops)
+    assert counter.gflop == pytest.approx(2 * flops / 1e9)
+    x = torch.zeros(4, 3, 8, 8, requires_grad=True)
+    torch.autograd.grad(net(x, 1.0), x, torch.ones(4, 3, 8, 8))
+    assert (counter.forwards, counter.vjps) == (6, 4) and counter.gflop == pytest.approx(10 * flops / 1e9)
+    counter.close()
+    net(x, 1.0)
+    assert counter.forwards == 6
+
+
+def test_plugins(fastem, tiny, data, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def error(restored, truth, blurred):\n    return {'l1': abs(restored - truth).mean()}\n"
+        "def count(restored, truth):\n    return {'files': len(list(restored.glob('*.png')))}\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    given = ("--data", data, "-o", "out", "--limit", 1, "--methods", "wiener", "--save-images")
+    code, _, err = fastem("evaluate", tiny, *given, "--metric-plugin", "mine:error", "--set-plugin", "mine:count")
+    assert code == 0, err
+    with open(tmp_path / "out" / "rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(0 < float(row["error.l1"]) < 0.5 for row in rows)
+    sets = json.loads((tmp_path / "out" / "sets.json").read_text())
+    assert sets["mine:count"]["wiener"]["files"] >= 8
+    assert "error.l1" in (tmp_path / "out" / "report.md").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------- baselines
+
+
+def problem(sigma=0.01, size=64, seed=0, circular=True, ksize=7, family="line") -> Problem:
+    x, k = scene(size, seed).astype(np.float32) / 255, motion_kernel(ksize, 3, family)
+    y = degrade(x, k, sigma, seed, boundary="circular" if circular else "valid")
+    reach = ksize // 2
+    x = x if circular else x[reach:-reach, reach:-reach]
+    return Problem(y, (ksize, ksize), sigma, circular, k, np.ascontiguousarray(x), seed)
+
+
+@pytest.mark.parametrize("name", ["wiener", "hyper-laplacian", "l0-map", "richardson-lucy"])
+@pytest.mark.parametrize("circular", [True, False])
+def test_baselines_sharpen(name, circular):
+    p = problem(sigma=0.002, circular=circular)
+    estimate = BASELINES[name](p)
+    assert estimate.image.shape == p.y.shape and estimate.kernel.shape == (7, 7)
+    assert estimate.kernel.min() >= 0 and estimate.kernel.sum() == pytest.approx(1, abs=1e-4)
+    known = name in ("wiener", "hyper-laplacian")
+    gain = metrics.psnr_aligned(estimate.image, p.x, max_shift=4) - metrics.psnr_aligned(p.y, p.x, max_shift=4)
+    assert gain > (3 if known else 0)
+
+
+def test_deep_prior_fits_its_observation():
+    p = problem(size=32)
+    few, many = (BASELINES["deep-prior"](p, num_iters=n, width=8) for n in (3, 40))
+    residual = [metrics.chi2(p.y, e.image, e.kernel, p.sigma) for e in (few, many)]
+    assert residual[1] < 0.5 * residual[0] and many.kernel.sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_kernel_of_a_known_image():
+    p = problem(sigma=5 / 255, size=96, ksize=11, family="shake")
+    found = {
+        "simplex": BASELINES["kernel-simplex"](p), "l2": BASELINES["kernel-hqs"](p, prior="l2"),
+    }  # fmt: skip
+    error = {name: metrics.kernel_error(e.kernel, p.kernel) for name, e in found.items()}
+    assert error["simplex"] < 0.03 and error["simplex"] < 0.5 * error["l2"]
+
+
+def test_oracles_need_their_truth():
+    p = Problem(problem().y, (7, 7), 0.01)
+    for name, what in (("wiener", "true kernel"), ("kernel-simplex", "sharp image")):
+        with pytest.raises(ValueError, match=what):
+            BASELINES[name](p)
+    with pytest.raises(ProtocolError, match="allowed are"):
+        parse_protocol({"cases": [{"source": "photos"}], "methods": {"a": {"kind": "?"}}}, "p")
