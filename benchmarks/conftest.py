@@ -47,17 +47,23 @@ class Bench:
     quick: bool
 
     def __call__(
-        self, group: str, call: Callable[..., object], inputs: Sequence[torch.Tensor] = (), *, rounds: int = 20, **facts
-    ) -> None:
-        """Times `call(*inputs)`; bytes, FLOPs and the floor that follows from them go into the record."""
+        self, group: str, call: Callable[..., object], inputs: Sequence[torch.Tensor] = (), *, rounds: int = 20,
+        rotate: bool = True, count: bool = True, **facts,
+    ) -> None:  # fmt: skip
+        """Times `call(*inputs)`; bytes, FLOPs and the floor that follows from them go into the record.
+
+        `rotate`: on a GPU every call of a round has inputs of its own, so that they are not in the cache. `count=False`
+        for what a counter of operations would disturb: the floor is then 0.
+        """
         counter = profiling.CostCounter(self.device)
-        with ranges.listening(counter.listener), counter, ranges.stage(ranges.STEP):
-            call(*inputs)
+        if count:
+            with ranges.listening(counter.listener), counter, ranges.stage(ranges.STEP):
+                call(*inputs)
         costs = list(counter.costs.values())
         floor = sum(self.roofline.floor_seconds(c.flops, c.nbytes, c.dtype) for c in costs)
         cuda = self.device.type == "cuda"
         size = sum(t.nbytes for t in inputs) or 1
-        copies = max(3, min(64, int(ROTATED_BYTES / size))) if cuda and inputs else 1
+        copies = max(3, min(64, int(ROTATED_BYTES / size))) if cuda and inputs and rotate else 1
         sets = [inputs, *(tuple(t.clone() for t in inputs) for _ in range(copies - 1))]
 
         def once() -> None:
@@ -94,10 +100,12 @@ def bench(request, device, roofline, benchmark):
 
 
 @pytest.fixture
-def backend(request):
+def backend(request, device):
     """The backend a benchmark is parametrised with, forced; what cannot run is skipped."""
     if request.param == "native" and not native.available():
         pytest.skip(native.why_not())
+    if request.param == "native" and device.type == "cuda" and not native.has_cuda():
+        pytest.skip("the extension was built without CUDA")
     with use_backend(request.param):
         yield request.param
 

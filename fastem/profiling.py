@@ -18,9 +18,10 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from fastem.em import HQS, EdgeEM, delta_kernel
 from fastem.engine import INFLATION, SIGMA_MAX, SIGMA_MIN
 from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2
 from fastem.models import EpsModel, UNet, UNetConfig, UNetEps, load_kernel_denoiser, load_model
+from fastem.models.unet import GroupNorm32, batch_times
 from fastem.mstep import PnP
 from fastem.operators import Observation, blur
 from fastem.ops import native
@@ -88,6 +90,32 @@ def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
     return net.requires_grad_(False).eval()
 
 
+class CompiledUNet(UNetEps):
+    """The peer that our own kernels must beat: the same network in plain torch by torch.compile, max-autotune.
+
+    Nothing in it chooses a backend, which would break its graph, and the time step is a tensor, so that all steps share
+    one compilation.
+    """
+
+    def __init__(self, model: UNetEps, **options) -> None:
+        super().__init__(model.net)
+        for module in self.net.modules():
+            if isinstance(module, GroupNorm32):
+                module.then_silu = MethodType(_plain_norm_silu, module)
+        self.net.compile(**(options or {"mode": "max-autotune"}))
+
+    def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
+        return super().forward(x_t, batch_times(t, x_t))
+
+
+def _plain_norm_silu(self: GroupNorm32, x: Tensor, film: tuple | None = None, skip: Tensor | None = None) -> Tensor:
+    h = self(x if skip is None else torch.cat([x, skip], dim=1))
+    if film is not None:
+        scale, shift = (v[..., None, None].to(h.dtype) for v in film)
+        h = torch.addcmul(shift, h, 1 + scale)
+    return nn.functional.silu(h)
+
+
 def load_prior(workload: Workload, device: torch.device) -> EpsModel:
     """The prior of a workload on its device, in its dtype and layout.
 
@@ -98,16 +126,16 @@ def load_prior(workload: Workload, device: torch.device) -> EpsModel:
     if workload.dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {workload.dtype!r}")
     random = RANDOM.get(workload.prior)
-    model = load_model(workload.prior) if random is None else UNetEps(random_unet(random))
+    model: EpsModel = load_model(workload.prior) if random is None else UNetEps(random_unet(random))
+    if (workload.dtype != "float32" or workload.compile) and not isinstance(model, UNetEps):
+        asked = "compile" if workload.compile else f"dtype {workload.dtype}"
+        raise ValueError(f"{asked} is for U-Nets such as ffhq-random, not for {workload.prior!r}")
     if workload.dtype != "float32":
-        if not isinstance(model, UNetEps):
-            raise ValueError(f"dtype {workload.dtype} is for U-Nets such as ffhq-random, not for {workload.prior!r}")
         model.net.set_torso_dtype(getattr(torch, workload.dtype))
     layout = torch.channels_last if workload.channels_last else torch.preserve_format
-    model = model.to(device, memory_format=layout).eval()
     if workload.compile:
-        model.compile(mode="max-autotune")
-    return model
+        model = CompiledUNet(model)
+    return model.to(device, memory_format=layout).eval()
 
 
 def problem(size: tuple[int, int], batch: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -504,8 +532,9 @@ def profile(workload: Workload, *, trace: Path | None = None, quick: bool = Fals
     peak = _peak_memory(device)
 
     counter = CostCounter(device)
+    eager = prepare(replace(workload, compile=False)) if workload.compile else run  # compiled code hides its operations
     with ranges.listening(counter.listener), counter:
-        run(steps)
+        eager(steps)
 
     cuda, activity = device.type == "cuda", {}
     kernels = {key: (_median_step(cost, steps), cost.calls / steps) for key, cost in counter.costs.items()}

@@ -200,6 +200,24 @@ def test_random_networks_have_a_gradient():
     assert grad.abs().max() > 0
 
 
+def test_the_compiled_peer_is_one_graph_and_the_same_network():
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    plain = profiling.load_prior(Workload(prior="small-random"), CPU)
+    peer = profiling.CompiledUNet(profiling.load_prior(Workload(prior="small-random"), CPU), backend=capture)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for t in (10.0, 500.0, 999.0):
+            assert torch.allclose(peer(x, t), plain(x, t), atol=1e-4)
+    assert len(graphs) == 1
+    with pytest.raises(ValueError, match="compile is for U-Nets"):
+        profiling.load_prior(Workload(compile=True), CPU)
+
+
 def test_compare(small, tmp_path):
     record = profiling.profile(Workload(**small), quick=True)
     rows = profiling.compare(record, record)
