@@ -67,7 +67,7 @@ gpu-bench: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/python benchmarks/bench_mstep.py --device cuda --recentre --json $(GPU_JSON)-mstep.json
 	$(BIN)/python benchmarks/scaling.py --device cuda --net ffhq-random --guidance pigdm --dtype float16 \
 	  --batch 1 4 16 64 --json $(GPU_JSON)-scaling.json
-	$(BIN)/fastem profile $(FFHQ) --json $(GPU_JSON)-profile.json --trace $(GPU_JSON)-trace.json.gz
+	$(BIN)/fastem profile $(FFHQ) --graphs --json $(GPU_JSON)-profile.json --trace $(GPU_JSON)-trace.json.gz
 ifdef REFERENCE
 	$(BIN)/python benchmarks/compare_reference.py "$(REFERENCE)" --device cuda --json $(GPU_JSON)-reference.json
 endif

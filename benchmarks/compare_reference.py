@@ -32,7 +32,7 @@ from fastem.models import UNetEps
 from fastem.models.kernel_denoiser import FDnCNN
 from fastem.mstep import PnP, mstep
 from fastem.operators import Observation
-from fastem.samplers import PhiloxNoise, sample
+from fastem.samplers import Eager, PhiloxNoise, sample
 from fastem.schedules import Schedule
 
 NAMES = {  # what each part calls, by the name it is defined under
@@ -230,6 +230,7 @@ def compare_run(reference: Reference, net, ours: UNetEps, denoiser, device, n: i
     estimator = HQS(PnP(denoiser), (KERNEL_SIZE, KERNEL_SIZE), compat="released")
     noise = PhiloxNoise(torch.zeros(1, dtype=torch.int64, device=device), n, tuple(y.shape[1:]))
     schedule = Schedule.linear().respace(steps)
+    execute = runtime.StepGraphs() if device.type == "cuda" else Eager
 
     def theirs() -> object:
         return call(loop, model=model, x_start=start.clone().requires_grad_(), y=y, measurement=y, sigma=SIGMA,
@@ -237,7 +238,10 @@ def compare_run(reference: Reference, net, ours: UNetEps, denoiser, device, n: i
 
     def released() -> object:
         with torch.no_grad():
-            return sample(ours, observation, estimator, PiGDM("released"), schedule, noise=noise, x_start=start[None])
+            return sample(
+                ours, observation, estimator, PiGDM("released"), schedule, noise=noise, x_start=start[None],
+                execute=execute,
+            )  # fmt: skip
 
     return {"part": "run", "particles": n, "steps": steps} | paired(theirs, released, device, rounds=1)
 

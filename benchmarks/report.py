@@ -52,7 +52,8 @@ def load(folder: Path) -> dict[str, Results]:
             rows = [_group_row(b) for b in record["benchmarks"]]
             record = {**record["fastem"], "date": record["datetime"][:10], "rows": rows}
         elif "stages" in record:
-            record = {"kind": "profile", "device": record["workload"]["device"], "rows": [record["step"]], **record}
+            row = record.get("graphs") or record["step"]  # as the engine runs it, where that was measured
+            record = {"kind": "profile", "device": record["workload"]["device"], "rows": [row], **record}
         found[record["device"]].append(record)
     return {device: Results(records) for device, records in found.items()}
 

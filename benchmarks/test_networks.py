@@ -65,21 +65,22 @@ def test_unet(bench, B, task, dtype, engine):
 
 def test_step(bench, n, dtype, engine):
     """Steps of Fast EM PiGDM as the loop runs them, and with the network by torch.compile; the figures are for all."""
-    sizes, steps = bench.sizes, min(bench.sizes["steps"], 5)
+    sizes, steps, cuda = bench.sizes, min(bench.sizes["steps"], 5), bench.device.type == "cuda"
     call = profiling.prepare(Workload(
         size=(sizes["net_size"],) * 2, particles=n, kernel_size=sizes["kernel"], guidance="pigdm", prior=sizes["net"],
-        device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda", compile=engine == "compiled",
+        device=str(bench.device), dtype=dtype, channels_last=cuda, compile=engine == "compiled",
+        graphs=cuda and engine == "fastem",
     ))  # fmt: skip
-    bench("step", lambda: call(steps), rounds=7, count=engine != "compiled", steps=steps, n=n, size=sizes["net_size"],
+    bench("step", lambda: call(steps), rounds=7, count=not cuda, steps=steps, n=n, size=sizes["net_size"],
           dtype=dtype, net=sizes["net"], engine=engine)  # fmt: skip
 
 
 def test_e2e(bench, B, dtype):
     """All steps of Fast EM PiGDM for a batch of images, one particle each."""
-    sizes = bench.sizes
+    sizes, cuda = bench.sizes, bench.device.type == "cuda"
     call = profiling.prepare(Workload(
         size=(sizes["net_size"],) * 2, batch=B, kernel_size=sizes["kernel"], guidance="pigdm", prior=sizes["net"],
-        device=str(bench.device), dtype=dtype, channels_last=bench.device.type == "cuda",
+        device=str(bench.device), dtype=dtype, channels_last=cuda, graphs=cuda,
     ))  # fmt: skip
-    bench("e2e", lambda: call(sizes["steps"]), rounds=3, steps=sizes["steps"], B=B, size=sizes["net_size"], dtype=dtype,
-          net=sizes["net"])  # fmt: skip
+    bench("e2e", lambda: call(sizes["steps"]), rounds=3, count=not cuda, steps=sizes["steps"], B=B,
+          size=sizes["net_size"], dtype=dtype, net=sizes["net"])  # fmt: skip

@@ -41,7 +41,7 @@ from fastem.mstep import PnP
 from fastem.operators import Observation, blur
 from fastem.ops import native
 from fastem.ops.backend import use_backend
-from fastem.samplers import DDPM, PhiloxNoise, Renoise, sample
+from fastem.samplers import DDPM, Eager, PhiloxNoise, Renoise, sample
 from fastem.schedules import Schedule
 from fastem.synth import motion_kernel
 
@@ -74,6 +74,7 @@ class Workload:
     dtype: str = "float32"  # of the blocks of a U-Net
     channels_last: bool = False
     compile: bool = False  # the network by torch.compile, max-autotune: the peer that kernels of our own must beat
+    graphs: bool = False  # steps as replays of CUDA graphs, as the engine runs them on a GPU
 
 
 # ------------------------------------------------------------------------------------------------ the work
@@ -175,6 +176,7 @@ def prepare(workload: Workload) -> Callable[[int], None]:
     noise = PhiloxNoise(seeds, workload.particles, tuple(y.shape[1:]))
     guidance = {"mean": PosteriorMean(INFLATION), "pigdm": PiGDM(), "dps": DPS()}[workload.guidance]
     r2 = noise_r2 if workload.guidance == "pigdm" else default_r2
+    execute = runtime.StepGraphs() if workload.graphs else Eager
 
     def run(steps: int) -> None:
         if workload.guidance == "mean":
@@ -182,7 +184,9 @@ def prepare(workload: Workload) -> Callable[[int], None]:
         else:
             schedule, rule = Schedule.linear().respace(steps), DDPM()
         with use_backend(workload.backend):
-            sample(model, observation, estimator, guidance, schedule, noise=noise, rule=rule, r2=r2)
+            sample(
+                model, observation, estimator, guidance, schedule, noise=noise, rule=rule, r2=r2, execute=execute
+            )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -515,13 +519,14 @@ def profile(workload: Workload, *, trace: Path | None = None, quick: bool = Fals
         quick: small tensors for the roofline, which is then worth nothing: for tests.
 
     Returns:
-        Plain JSON values: workload, environment, roofline, step, stages, ops, gpu_kernels.
+        Plain JSON values: workload, environment, roofline, step, stages, ops, gpu_kernels; and where the workload asks
+        for graphs the times of a step as a replay, in which there are no stages to tell apart.
 
     Raises:
         ValueError: for an option that cannot be.
     """
     device = runtime.resolve_device(workload.device)
-    run, steps = prepare(workload), workload.steps
+    run, steps = prepare(replace(workload, graphs=False)), workload.steps
     _warm_up(run, device)
     roofline = measure_roofline(device, quick=quick)
 
@@ -532,7 +537,9 @@ def profile(workload: Workload, *, trace: Path | None = None, quick: bool = Fals
     peak = _peak_memory(device)
 
     counter = CostCounter(device)
-    eager = prepare(replace(workload, compile=False)) if workload.compile else run  # compiled code hides its operations
+    eager = run
+    if workload.compile:  # compiled code hides its operations
+        eager = prepare(replace(workload, compile=False, graphs=False))
     with ranges.listening(counter.listener), counter:
         eager(steps)
 
@@ -563,10 +570,28 @@ def profile(workload: Workload, *, trace: Path | None = None, quick: bool = Fals
             "gpu_idle_percent": activity.get("gpu_idle_percent"),
             "syncs_per_step": activity.get("syncs_per_step"),
         },
+        "graphs": _profile_graphs(workload, device) if workload.graphs else None,
         "stages": _stage_rows(times, clock_name, counter.costs, roofline, steps),
         "ops": _op_rows(kernels, counter.costs, roofline, steps),
         "gpu_kernels": activity.get("gpu_kernels", []),
     }
+
+
+def _profile_graphs(workload: Workload, device: torch.device) -> dict[str, float | None]:
+    """Times of a step as a replay, and on a GPU how idle that leaves it. Recording is part of the warm-up."""
+    run, clock = prepare(workload), StageClock(device)
+    _warm_up(run, device)
+    with ranges.listening(clock):
+        run(workload.steps)
+    figures: dict[str, float | None] = dict(clock.stages(workload.steps)[ranges.STEP])
+    figures |= {"gpu_idle_percent": None, "syncs_per_step": None}
+    if device.type == "cuda":
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with ranges.listening(), torch.profiler.profile(activities=activities) as prof:
+            run(workload.steps)
+        activity = device_activity(prof.events(), workload.steps)
+        figures |= {name: activity[name] for name in ("gpu_idle_percent", "syncs_per_step")}
+    return figures
 
 
 def run_only(workload: Workload) -> None:

@@ -40,6 +40,7 @@ def profile(
     ] = "float32",
     channels_last: Annotated[bool, typer.Option("--channels-last", help="layout of the network's weights")] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="the network by torch.compile, max-autotune")] = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="also a step as a replay of a CUDA graph")] = False,
     top: Annotated[int, typer.Option(min=0, help="operations to show")] = 15,
     as_json: Annotated[
         Path | None, typer.Option("--json", help="write the whole record; - for stdout, the tables then go to stderr")
@@ -62,7 +63,7 @@ def profile(
 
     workload = profiling.Workload(
         parse_size(size), batch, particles, kernel_size, guidance, m_step, steps, prior, device, backend, dtype,
-        channels_last, compile_,
+        channels_last, compile_, graphs,
     )  # fmt: skip
     with console.options_checked(RuntimeError):  # a forced backend that cannot run
         if ncu is not None:
@@ -140,16 +141,25 @@ def _head(record: dict) -> list[str]:
         f"K = {work['kernel_size']}, guidance {work['guidance']}, M-step {work['m_step']}, {work['dtype']}"
     )
     facts = [f"peak memory {_si(step['peak_memory_bytes'])}B", f"{step['host_reads_per_step']:g} reads by the host"]
-    if step["gpu_idle_percent"] is not None:
-        facts += [f"GPU idle {step['gpu_idle_percent']:.1f} %", f"{step['syncs_per_step']:g} waits for it"]
-    times = ", ".join(f"{step[name]:.4g} ms {label}" for name, label in _CLOCKS.items() if name in step)
+    replay = [f"as a replay: {_times(record['graphs'])}{_idle(record['graphs'])}"] if record["graphs"] else []
     return [
         line,
         f"{where['device']}, {where['threads']} CPU threads, torch {where['torch']}, backend {work['backend']}; "
         f"{where['native']}",
         f"measured peaks: copy {_si(1e9 * roof['copy_gb_s'])}B/s, {peaks}",
-        f"a step: {times}; {'; '.join(facts)}",
+        f"a step: {_times(step)}{_idle(step)}; {'; '.join(facts)}",
+        *replay,
     ]
+
+
+def _times(step: dict) -> str:
+    return ", ".join(f"{step[name]:.4g} ms {label}" for name, label in _CLOCKS.items() if name in step)
+
+
+def _idle(step: dict) -> str:
+    if step["gpu_idle_percent"] is None:
+        return ""
+    return f"; GPU idle {step['gpu_idle_percent']:.1f} %, {step['syncs_per_step']:g} waits for it"
 
 
 _CLOCKS = {"wall_ms": "wall", "cpu_ms": "CPU", "device_ms": "device"}
