@@ -167,7 +167,7 @@ def test_train_kernel_denoiser_gives_loadable_weights(fastem, tmp_path, monkeypa
 
     seen = {}
 
-    def fake(out, config, device, init, report, stop):
+    def fake(out, config, device, init, clean_share, mstep_share, report, stop):
         seen.update(out=out, config=config, device=device, init=init, stop=stop())
         report({"step": 1, "loss": 0.5, "samples_per_s": 10.0, "minutes": 0.1})
 
@@ -186,7 +186,8 @@ def test_train_a_diffusion_prior(fastem, monkeypatch, prior, size):
 
     seen = {}
 
-    def fake_task(size, width, device):
+    def fake_task(size, width, examples, device):
+        assert (examples, device) == (7, "cpu")
         return SimpleNamespace(name=prior, size=size, width=width)
 
     def fake(out, task, config, device, init, num_samples, report, stop):
@@ -194,8 +195,8 @@ def test_train_a_diffusion_prior(fastem, monkeypatch, prior, size):
 
     monkeypatch.setattr(training, prior.replace("-prior", "_task"), fake_task)
     monkeypatch.setattr(training, "train_diffusion_prior", fake)
-    options = (size, 33, "--width", 64, "--batch-size", 5, "--minutes", 5, "--samples", 4, "--device", "cpu")
-    code, out, _ = fastem("train", prior, "-o", "run", *options)
+    options = (size, 33, "--width", 64, "--batch-size", 5, "--minutes", 5, "--samples", 4, "--examples", 7)
+    code, out, _ = fastem("train", prior, "-o", "run", "--device", "cpu", *options)
     assert code == 0 and out.strip() == f"run/{prior}.safetensors"
     assert (seen["size"], seen["width"], seen["samples"], seen["init"]) == (33, 64, 4, None)
     assert (seen["config"].minutes, seen["config"].batch_size) == (5.0, 5)
@@ -206,7 +207,7 @@ def test_train_a_diffusion_prior(fastem, monkeypatch, prior, size):
 def test_interrupted_training_says_how_to_go_on(fastem, tmp_path, monkeypatch):
     import fastem.training as training
 
-    def fake(out, config, device, init, report, stop):
+    def fake(out, config, device, init, clean_share, mstep_share, report, stop):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop()
 

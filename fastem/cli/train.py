@@ -78,6 +78,8 @@ def kernel_denoiser(
     minutes: Minutes = None,
     cooldown: Cooldown = None,
     init: Init = None,
+    clean_share: Annotated[float, typer.Option(min=0, max=1, help="share of kernels without noise")] = 0.0,
+    mstep_share: Annotated[float, typer.Option(min=0, max=1, help="share of kernels as M-steps leave them")] = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
     progress: console.ProgressOption = "auto",
@@ -89,12 +91,19 @@ def kernel_denoiser(
 
     config = replace(_timed(DEFAULTS, minutes, cooldown), seed=seed)
     with _running(config.minutes, progress) as (report, stop), console.options_checked():
-        train_kernel_denoiser(out, config, device=_device(device), init=init, report=report, stop=stop)
+        train_kernel_denoiser(
+            out, config, device=_device(device), init=init, clean_share=clean_share, mstep_share=mstep_share,
+            report=report, stop=stop,
+        )  # fmt: skip
     _tell_result(out / "kernel.safetensors")
 
 
 BatchSize = Annotated[int, typer.Option(min=1, help="examples per step; 256 on a large GPU")]
 Width = Annotated[int, typer.Option(min=32, help="channels of the first level, a multiple of 32; 64 on a GPU")]
+Examples = Annotated[
+    int | None,
+    typer.Option(min=1, help="kernels or fields drawn before it starts", show_default="20000 kernels, 200 fields"),
+]
 Samples = Annotated[int, typer.Option(min=1, help="samples drawn at the end for OUT/samples.png")]
 
 
@@ -106,6 +115,7 @@ def kernel_prior(
     cooldown: Cooldown = None,
     batch_size: BatchSize = 32,
     width: Width = 32,
+    examples: Examples = None,
     samples: Samples = 16,
     init: Init = None,
     seed: Seed = 0,
@@ -117,7 +127,7 @@ def kernel_prior(
     from fastem.training import kernel_task
 
     def make_task(device: str):
-        return kernel_task(kernel_size, width, device=device)
+        return kernel_task(kernel_size, width, examples or 20_000, device)
 
     _train_diffusion(make_task, out, minutes, cooldown, batch_size, width, samples, init, seed, device, progress)
 
@@ -130,6 +140,7 @@ def tilt_prior(
     cooldown: Cooldown = None,
     batch_size: BatchSize = 32,
     width: Width = 32,
+    examples: Examples = None,
     samples: Samples = 16,
     init: Init = None,
     seed: Seed = 0,
@@ -141,7 +152,7 @@ def tilt_prior(
     from fastem.training import tilt_task
 
     def make_task(device: str):
-        return tilt_task(size, width, device=device)
+        return tilt_task(size, width, examples or 200, device)
 
     _train_diffusion(make_task, out, minutes, cooldown, batch_size, width, samples, init, seed, device, progress)
 
