@@ -312,7 +312,10 @@ def deblur_plan(
         start = time.monotonic()
         own_seed = item_seed(seed, picture.sha256)
         steps = {} if on_step is None else {"on_step": lambda done, total: on_step(item, done, total)}
-        result = engine(picture.pixels, sigma=sigma, seed=own_seed, kernel=kernel, lossy=picture.lossy, **steps)
+        result = engine(
+            picture.pixels, sigma=sigma, seed=own_seed, kernel=kernel, lossy=picture.lossy,
+            quantization=picture.quantization, **steps,
+        )  # fmt: skip
         return finished(picture, own_seed, result, time.monotonic() - start)
 
     def restore_together(entries: Iterable[Read]) -> Iterator[tuple[Read, Result | Exception | None]]:
@@ -325,7 +328,8 @@ def deblur_plan(
                 begun.append(entry)
                 if not isinstance(entry, Outcome):
                     picture = entry[1]
-                    yield Request(picture.pixels, sigma, item_seed(seed, picture.sha256), picture.lossy)
+                    own_seed = item_seed(seed, picture.sha256)
+                    yield Request(picture.pixels, sigma, own_seed, picture.lossy, picture.quantization)
 
         def told(done: int, total: int) -> None:
             if on_step is not None:

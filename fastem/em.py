@@ -113,7 +113,8 @@ class EdgeEM:
         mean = X + r2 * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2)
         D = difference_spectra(observation.size, X)  # gradients are whiter: images have a power spectrum like 1 / f^2
         border = tuple(m // 2 for m in state.k.shape[-2:])
-        cross, energy = gradient_sums(mean, observation, D, border)
+        mean, linear = observation.for_kernel(mean, K)
+        cross, energy = gradient_sums(mean, linear, D, border)
         k = fit_on_simplex(cross, energy, state.k, observation.size, self.ridge, self.num_iters)
         return KernelState(torch.where(torch.isfinite(k).all(-1).all(-1)[..., None, None], k, state.k))
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from fastem import io, noise, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em
 from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, default_r2, noise_r2
-from fastem.initial import CoarseToFine
+from fastem.initial import CoarseToFine, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
@@ -27,6 +28,7 @@ from fastem.schedules import Schedule
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
+JPEG_INFLATION = 1.5  # of the error of the luminance: colours are stored coarser, and the error is not white
 MIN_SIDE = 8  # pixels
 TIGHT_TILE = 256  # pixels: side of the tiles where memory has ended
 NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
@@ -36,6 +38,8 @@ INFLATION = 2.0  # of sigma where the kernel is an estimate
 CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the noise, is searched for again
 SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens edges
+FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
+GAMMAS = (1.0, 2.2)  # that "auto" tries
 STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))
 
 
@@ -85,6 +89,7 @@ class _Picture:
     like: Any
     gray: bool
     lossy: bool = False  # by what is known of its file
+    quantization: np.ndarray | None = None
 
     def back(self, x: Tensor) -> Any:
         """`(C, H, W)` in [0, 1] -> the type, dtype and layout of the input."""
@@ -108,6 +113,7 @@ class Request:
     sigma: float | None = None
     seed: int = 0
     lossy: bool | None = None
+    quantization: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,14 @@ class _Job:
     estimated: bool
     seed: int
     kernel: Tensor | None  # (1, 1, h, w), the same for all jobs of a run
-    canvas: Canvas
+    canvas: Canvas | None  # None where it waits for the size of the kernel
     notes: list[str]
     settled: Restoration | None  # where there is nothing to do
 
     @property
     def kind(self) -> tuple:
-        return self.canvas, self.settled is not None
+        alone = id(self) if self.canvas is None else None  # kernels of different sizes share no batch
+        return self.canvas, self.settled is not None, alone
 
 
 def _dtype_of(like: Any) -> np.dtype:
@@ -143,9 +150,10 @@ def _quantise(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _picture(image: Any) -> _Picture:
     lossy = getattr(image, "format", None) in ("JPEG", "MPO")  # of a PIL image that was opened, not made
+    steps = io.jpeg_quantization(image) if isinstance(image, Image.Image) else None
     if isinstance(image, (str, Path)):
         read = io.read_image(image)
-        image, lossy = read.pixels, read.lossy
+        image, lossy, steps = read.pixels, read.lossy, read.quantization
     if isinstance(image, Image.Image):
         if image.mode in ("RGBA", "LA", "PA"):
             raise ValueError(f"PIL mode {image.mode} has an alpha channel; restore the colours, put it back after")
@@ -175,7 +183,7 @@ def _picture(image: Any) -> _Picture:
     if float(y.abs().max()) > 8:  # noise and highlights may leave [0, 1], but not by this much
         raise ValueError(f"floating-point images are in [0, 1], got values up to {float(y.max()):.4g}; divide by 255?")
     y = y[None] if y.dim() == 2 else y.permute(2, 0, 1)
-    return _Picture(y.expand(3, -1, -1)[None].contiguous(), image, y.shape[0] == 1, lossy)
+    return _Picture(y.expand(3, -1, -1)[None].contiguous(), image, y.shape[0] == 1, lossy, steps)
 
 
 class Deblurrer:
@@ -187,11 +195,15 @@ class Deblurrer:
         guidance: `"mean"` (Jacobian-free, the default), `"pigdm"` or `"dps"`.
         steps: reverse steps; by default what the guidance needs (15, 100, 1000).
         particles: samples per image; the M-step uses all of them.
-        kernel_size: side of the kernel's support in pixels, odd or even, or (h, w).
+        kernel_size: side of the kernel's support in pixels, odd or even, or (h, w); `"auto"` finds it for each image,
+            up to 129.
         compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
         m_step: `"edges"` (the default, from a coarse-to-fine start) or `"hqs"`, Eq. (22)-(25) from a delta.
         r2_term: Appendix D's r_t^2 term in the HQS M-step.
         guard: images that show no blur are denoised only and come back with a delta kernel; M-step `"edges"` only.
+        gamma: the blur happens in light, the photo stores about its `1 / gamma`-th power: 1 takes the pixels as light,
+            2.2 is usual for cameras, `"auto"` tries both and keeps the one that explains the photo better.
+        saturation: pixels of this brightness in [0, 1] and more are clipped and count as not measured; None: none are.
         kernel_prior: the kernel denoiser of the HQS M-step, a bundled name, file or module.
         lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
         boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
@@ -206,10 +218,10 @@ class Deblurrer:
 
     def __init__(
         self, prior: Any = "natural", *, method: str = "fast-em", guidance: str | None = None, steps: int | None = None,
-        particles: int = 1, kernel_size: int | tuple[int, int] = 33, compat: str = "paper",
+        particles: int = 1, kernel_size: int | tuple[int, int] | str = 33, compat: str = "paper",
         kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False, guard: bool = True,
-        lam: float | None = None, boundary: str = "auto", tile: int | None = None,
-        device: str = "auto", backend: str = "auto",
+        gamma: float | str = 1.0, saturation: float | None = None, lam: float | None = None, boundary: str = "auto",
+        tile: int | None = None, device: str = "auto", backend: str = "auto",
     ) -> None:  # fmt: skip
         self.method = _choice("method", method, Method)
         self.compat = _choice("compat", compat, ("paper", "released"))
@@ -225,11 +237,14 @@ class Deblurrer:
         default_steps = {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
-        size = (kernel_size, kernel_size) if np.ndim(kernel_size) == 0 else tuple(kernel_size)
-        if len(size) != 2:
-            raise ValueError(f"kernel_size is a side or (height, width), got {kernel_size}")
-        self.kernel_size = tuple(_positive("kernel_size", s, 513) for s in size)
-        self.lam = (0.2 if max(self.kernel_size) >= 48 else 1.0) if lam is None else lam
+        self.kernel_size = _kernel_size(kernel_size)
+        self.gammas, self.saturation = _gammas(gamma), saturation
+        if saturation is not None and not 0 < saturation <= 1:
+            raise ValueError(f"saturation is a brightness in (0, 1], or None, got {saturation}")
+        plain = self.gammas == (1.0,) and saturation is None and self.kernel_size is not None
+        if not plain and (self.m_step == "hqs" or self.method is Method.DIFFUSION_EM):
+            raise ValueError("gamma, saturation and kernel_size 'auto' need method 'fast-em' with the M-step 'edges'")
+        self.lam = (0.2 if max(self.kernel_size or (0,)) >= 48 else 1.0) if lam is None else lam
         self.tile, self.backend = tile, _choice("backend", backend, Backend)
         self.device = runtime.resolve_device(device)
         self.prior_name = prior if isinstance(prior, (str, Path)) else type(prior).__name__
@@ -247,14 +262,16 @@ class Deblurrer:
         return {
             "prior": str(self.prior_name), "prior_sha256": self.model.sha256, "method": str(self.method),
             "guidance": str(self.guidance), "steps": self.steps, "particles": self.particles,
-            "kernel_size": list(self.kernel_size), "compat": self.compat, "m_step": self.m_step,
-            "r2_term": self.r2_term, "guard": self.guard, "lam": self.lam, "boundary": self.boundary,
+            "kernel_size": "auto" if self.kernel_size is None else list(self.kernel_size), "compat": self.compat,
+            "m_step": self.m_step, "r2_term": self.r2_term, "guard": self.guard,
+            "gamma": self.gammas[0] if len(self.gammas) == 1 else "auto", "saturation": self.saturation,
+            "lam": self.lam, "boundary": self.boundary,
             "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
         }  # fmt: skip
 
     def __call__(
         self, image: Any, *, sigma: float | None = None, seed: int = 0, kernel: np.ndarray | Tensor | None = None,
-        lossy: bool | None = None, on_step: Any = None,
+        lossy: bool | None = None, quantization: np.ndarray | None = None, on_step: Any = None,
     ) -> Restoration:  # fmt: skip
         """Restores one image.
 
@@ -266,13 +283,15 @@ class Deblurrer:
             lossy: whether the image went through JPEG or the like: compression takes the noise, which the estimate then
                 misses, and leaves errors that deblurring would amplify. Such an estimate is at least 2 grey levels.
                 None: as the file or the PIL image says; arrays and tensors do not.
+            quantization: `(8, 8)`, the steps of the luminance of a JPEG: the estimate is then at least 1.5 times the
+                error that they leave (`fastem.photo.jpeg_sigma`), too. None: as the file or the PIL image says.
             on_step: called with (steps done, steps in all).
 
         Raises:
             ValueError: for an image or option that cannot be used, saying why.
             NumericError: if the result is not finite.
         """
-        job = self._job(Request(image, sigma, seed, lossy), kernel)
+        job = self._job(Request(image, sigma, seed, lossy, quantization), kernel)
         if job.settled is not None:
             return job.settled
         (result,) = self._restore_jobs([job], on_step=on_step)
@@ -337,45 +356,68 @@ class Deblurrer:
         if kernel is None and self.method is Method.KNOWN:
             raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
         used, notes = max(float(sigma), SIGMA_FLOOR), []
-        if estimated and used < LOSSY_SIGMA and (picture.lossy if request.lossy is None else request.lossy):
-            found, least = 255 * sigma, 255 * LOSSY_SIGMA
-            notes.append(f"W_LOSSY: {found:.2g} grey levels of noise survived compression; counted as {least:.2g}")
-            used = LOSSY_SIGMA
+        if estimated and (picture.lossy if request.lossy is None else request.lossy):
+            steps, least = picture.quantization if request.quantization is None else request.quantization, LOSSY_SIGMA
+            if steps is not None:
+                least = max(least, JPEG_INFLATION * photo.jpeg_sigma(picture.y[0].permute(1, 2, 0).numpy(), steps))
+            if used < least:
+                found, used = 255 * sigma, least
+                notes.append(
+                    f"W_LOSSY: {found:.2g} grey levels of noise survived compression; counted as {255 * least:.2g}"
+                )
         if kernel is not None:
             kernel = _kernel(kernel)
         settled = None
         if float(picture.y.std(dim=(-2, -1)).max()) < SIGMA_FLOOR and kernel is None:
             settled = self._nothing_to_see(picture, used, estimated)
-        canvas = self._canvas(picture.y, self.kernel_size if kernel is None else tuple(kernel.shape[-2:]))
+        ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
+        canvas = None if ksize is None else self._canvas(picture.y, ksize)
         return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled)
 
     def _restore_jobs(
         self, jobs: Sequence[_Job], *, on_step: Any = None, tile: int | None = None
     ) -> list[Restoration | Exception]:
-        """The images of one batch, which share size, canvas and kernel."""
+        """The images of one batch, which share size, canvas and kernel; each in the light that explains it best."""
+        tried = [self._restore_in_light(jobs, gamma, on_step=on_step, tile=tile) for gamma in self.gammas]
+        if len(tried) == 1:
+            return tried[0]
+        best = []
+        for results in zip(*tried, strict=True):
+            good = [(r.reblur, g, r) for r, g in zip(results, self.gammas, strict=True) if isinstance(r, Restoration)]
+            best.append(min(good, key=lambda found: found[0])[2] if good else results[0])
+            if good:
+                gamma = min(good, key=lambda found: found[0])[1]
+                best[-1].warnings.append(f"W_GAMMA: gamma {gamma:g} explains the image best")
+        return best
+
+    def _restore_in_light(
+        self, jobs: Sequence[_Job], gamma: float, *, on_step: Any, tile: int | None
+    ) -> list[Restoration | Exception]:
         first = jobs[0]
         y = self._to_device(torch.cat([job.picture.y for job in jobs]))
         sigma = self._to_device(torch.tensor([job.sigma for job in jobs]))
         seeds = self._to_device(torch.tensor([job.seed for job in jobs], dtype=torch.int64))
         drawn, canvas, trace = self.restore(
-            y, sigma, seeds, kernel=first.kernel, on_step=on_step, canvas=first.canvas, tile=tile
+            y, sigma, seeds, kernel=first.kernel, gamma=gamma, on_step=on_step, canvas=first.canvas, tile=tile
         )
         samples = canvas.crop(drawn.images)
         kernels = drawn.kernel.clamp(min=0)
         kernels = kernels / kernels.sum((-2, -1), keepdim=True)
         finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
-        chi2 = reblur_chi2(drawn, y, canvas, sigma)
-        on_host = (t.cpu() for t in (samples, kernels, finite, chi2))
+        residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
+        on_host = (t.cpu() for t in (samples, kernels, finite, residual))
         return [
-            self._restoration(job, x, k[0], float(c), trace) if ok else NumericError(NOT_FINITE)
-            for job, x, k, ok, c in zip(jobs, *on_host, strict=True)
+            self._restoration(job, x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
+            for job, x, k, ok, e in zip(jobs, *on_host, strict=True)
         ]
 
-    def _restoration(self, job: _Job, samples: Tensor, k: Tensor, chi2: float, trace: list[dict]) -> Restoration:
-        """Samples `(n, C, H, W)` and kernel `(h, w)` on the host, in the form of the input."""
-        notes = list(job.notes)
+    def _restoration(self, job: _Job, samples: Tensor, k: Tensor, e: Tensor, trace: list[dict]) -> Restoration:
+        """Samples `(n, C, H, W)`, kernel `(h, w)` and residual `(C, H, W)` on the host, in the form of the input."""
+        notes, chi2 = list(job.notes), float(e.square().mean() / job.sigma**2)
         if job.kernel is None and float(k.max()) == 1:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
+        elif photo.blur_varies(photo.block_chi2(_inside(e, k.shape), job.sigma)):
+            notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f} in all)")
         elif not 0.5 < chi2 < 2:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         return Restoration(
@@ -388,7 +430,7 @@ class Deblurrer:
 
     def _auto_batch(self, job: _Job) -> int:
         """Images per batch: 1 on a CPU, where one fills the cores; on a GPU what fits, by one trial evaluation."""
-        if self.device.type != "cuda" or job.settled is not None:
+        if self.device.type != "cuda" or job.settled is not None or job.canvas is None:
             return 1
         model = runtime.fit_to_size(self.model, (job.canvas.height, job.canvas.width), self.tile)
         jacobian = self.guidance is not Guide.MEAN
@@ -398,7 +440,7 @@ class Deblurrer:
 
     def _can_be_cut(self, job: _Job) -> bool:
         """Whether tiles would be smaller than what the network was evaluated on."""
-        largest = max(job.canvas.height, job.canvas.width)
+        largest = max(job.picture.y.shape[-2:]) if job.canvas is None else max(job.canvas.height, job.canvas.width)
         return (self.tile or largest) > TIGHT_TILE and self.model.image_size is None
 
     def _free(self) -> None:
@@ -408,8 +450,8 @@ class Deblurrer:
 
     @torch.no_grad()
     def restore(
-        self, y: Tensor, sigma: float | Tensor, seeds: Tensor, *, kernel: Tensor | None = None, on_step: Any = None,
-        canvas: Canvas | None = None, tile: int | None = None,
+        self, y: Tensor, sigma: float | Tensor, seeds: Tensor, *, kernel: Tensor | None = None, gamma: float = 1.0,
+        on_step: Any = None, canvas: Canvas | None = None, tile: int | None = None,
     ) -> tuple[Sample, Canvas, list[dict]]:  # fmt: skip
         """The batched core: y `(B, C, H, W)` in [0, 1], sigma scalar or `(B,)`, seeds `(B,)` -> particles on a canvas.
 
@@ -418,9 +460,11 @@ class Deblurrer:
         The result of an image depends on its pixels, sigma and seed, not on the other images of the batch.
         """
         ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
-        canvas = canvas or self._canvas(y, ksize)
         tile = tile or self.tile
-        observation = Observation.of(canvas.extend(y), sigma, canvas)
+        if ksize is None:
+            ksize = self._find_size(y, sigma, gamma, tile)
+        canvas = canvas or self._canvas(y, ksize)
+        observation = self._observe(y, sigma, canvas, gamma)
         particles = len(y) * self.particles
         jacobian = self.guidance is not Guide.MEAN
         runtime.check_memory(observation.size, particles, jacobian=jacobian, device=self.device)
@@ -469,9 +513,9 @@ class Deblurrer:
             if bool(sharp.all()):
                 return self._denoised(model, observation, ksize), canvas, trace
             for search in STARTS:  # each image keeps its first good answer, or the best of all
-                k_start = search(denoised, ksize, window.canvas)
+                k_start = search(denoised.clamp(min=0) ** gamma, ksize, window.canvas, window.seen)
                 drawn_now = draw(EdgeEM(k_start, inflation=INFLATION))
-                chi2 = reblur_chi2(drawn_now, y, canvas, observation.sigma)
+                chi2 = reblur_chi2(drawn_now, y, canvas, observation.sigma, gamma, self._seen(y))
                 if drawn is None:
                     drawn, best = drawn_now, chi2
                 else:
@@ -489,6 +533,32 @@ class Deblurrer:
                 x = torch.where(sharp.view(-1, 1, 1, 1, 1), plain.x, drawn.x)
                 drawn = Sample(x, torch.where(sharp.view(-1, 1, 1, 1), plain.kernel, drawn.kernel))
         return drawn, canvas, trace
+
+    def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
+        seen = self._seen(y)
+        if seen is not None:
+            seen = F.pad(seen, (0, canvas.width - y.shape[-1], 0, canvas.height - y.shape[-2]), value=1.0)
+        return Observation.of(canvas.extend(y), sigma, canvas, seen=seen, gamma=gamma)
+
+    def _seen(self, y: Tensor) -> Tensor | None:
+        """Where y was not clipped; None where nobody asks, or nothing was."""
+        if self.saturation is None:
+            return None
+        seen = photo.unsaturated(y, self.saturation)
+        return None if bool((seen == 1).all()) else seen
+
+    def _find_size(self, y: Tensor, sigma: float | Tensor, gamma: float, tile: int | None) -> tuple[int, int]:
+        """A support that holds the blur of every image of the batch."""
+        largest = max(min(LARGEST_AUTO, *(n // 2 for n in y.shape[-2:])), 5)
+        start = (min(FIRST_AUTO, largest),) * 2
+        canvas = self._canvas(y, start)
+        with use_backend(self.backend):
+            window, denoised = self._kernel_window(y, self._observe(y, sigma, canvas, gamma), start, tile)
+            frame = canvas if window.canvas is None else window.canvas
+            light = frame.crop(denoised).clamp(min=0) ** gamma
+            seen = None if window.seen is None else frame.crop(window.seen)
+            size = find_kernel_size(light, start[0], largest, periodic=window.canvas is None, seen=seen)
+        return size, size
 
     def _edge_widths(self, window: Observation, denoised: Tensor) -> Tensor:
         """`fastem.photo.edge_width` of each image, `(B,)`; infinite, as if blurred, where nobody asks."""
@@ -511,7 +581,7 @@ class Deblurrer:
         window = runtime.busiest_window(y)
         if window.shape != y.shape:
             canvas = Canvas.around((window.shape[-2], window.shape[-1]), ksize)
-            observation = Observation.of(canvas.extend(window), observation.sigma, canvas)
+            observation = self._observe(window, observation.sigma, canvas, observation.gamma)
         model = runtime.fit_to_size(self.model, observation.size, tile)
         return observation, denoise_observation(model, observation)
 
@@ -537,8 +607,7 @@ class Deblurrer:
 
     def _nothing_to_see(self, picture: _Picture, sigma: float, estimated: bool) -> Restoration:
         """A constant image: any kernel explains it, so it is returned as it is with no blur."""
-        k = np.zeros(self.kernel_size, np.float32)
-        k[self.kernel_size[0] // 2, self.kernel_size[1] // 2] = 1
+        k = delta_kernel(1, self.kernel_size or (FIRST_AUTO,) * 2)[0, 0].numpy()
         samples = picture.y.permute(0, 2, 3, 1).expand(self.particles, -1, -1, -1).numpy().copy()
         return Restoration(
             picture.back(picture.y[0]),
@@ -552,11 +621,23 @@ class Deblurrer:
         )
 
 
-def reblur_chi2(drawn: Sample, y: Tensor, canvas: Canvas, sigma: Tensor) -> Tensor:
+def reblur_chi2(
+    drawn: Sample, y: Tensor, canvas: Canvas, sigma: Tensor, gamma: float = 1.0, seen: Tensor | None = None
+) -> Tensor:
     """`||k * x - y||^2 / (M sigma^2)` of each image, `(B,)`: y `(B, C, H, W)`, sigma `(B,)`, x the mean particle."""
+    return reblur_residual(drawn, y, canvas, gamma, seen).square().mean(dim=(1, 2, 3)) / sigma**2
+
+
+def reblur_residual(drawn: Sample, y: Tensor, canvas: Canvas, gamma: float = 1.0, seen: Tensor | None = None) -> Tensor:
+    """`k * x - y` like y, blurred in linear light; 0 where a pixel was not seen."""
     k = drawn.kernel.clamp(min=0)
-    e = canvas.crop(blur(drawn.images.mean(dim=1), k / k.sum((-2, -1), keepdim=True))) - y
-    return e.square().mean(dim=(1, 2, 3)) / sigma**2
+    light = drawn.images.mean(dim=1)
+    if gamma != 1:
+        light = light**gamma
+    again = canvas.crop(blur(light, k / k.sum((-2, -1), keepdim=True)))
+    if gamma != 1:
+        again = again.clamp(min=0) ** (1 / gamma)
+    return again - y if seen is None else (again - y) * seen
 
 
 def looks_periodic(y: Tensor) -> bool:
@@ -578,6 +659,33 @@ def _kernel(kernel: np.ndarray | Tensor) -> Tensor:
     if k.dim() != 2 or not bool(torch.isfinite(k).all()) or float(k.min()) < 0 or float(k.sum()) <= 0:
         raise ValueError(f"a kernel is (h, w), finite, >= 0 and of positive sum, got shape {tuple(k.shape)}")
     return (k / k.sum())[None, None]
+
+
+def _inside(x: Tensor, ksize: tuple[int, int]) -> Tensor:
+    """Without a border of half a kernel, if anything stays."""
+    top, left = (min(m // 2, n // 4) for m, n in zip(ksize, x.shape[-2:], strict=True))
+    return x[..., top : x.shape[-2] - top, left : x.shape[-1] - left]
+
+
+def _kernel_size(given: int | tuple[int, int] | str) -> tuple[int, int] | None:
+    """(h, w), None for "auto"."""
+    if isinstance(given, str):
+        if given != "auto":
+            raise ValueError(f"kernel_size is a side, (height, width) or 'auto', got {given!r}")
+        return None
+    size = (given, given) if np.ndim(given) == 0 else tuple(given)
+    if len(size) != 2:
+        raise ValueError(f"kernel_size is a side, (height, width) or 'auto', got {given}")
+    return tuple(_positive("kernel_size", s, 513) for s in size)
+
+
+def _gammas(given: float | str) -> tuple[float, ...]:
+    """The gammas to try."""
+    if given == "auto":
+        return GAMMAS
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 1 <= given <= 4:
+        raise ValueError(f"gamma is a number from 1 to 4 or 'auto', got {given!r}")
+    return (float(given),)
 
 
 def _choice(name: str, value: str, allowed: Any) -> Any:

@@ -46,7 +46,7 @@ def pseudo_inverse(X: Tensor, K: Tensor, observation: Observation, sigma: Tensor
     X `(B, n, C, H, W')`, K `(B, 1, H, W')`, sigma `(B,)` and r2 in [0, 1] units.
     """
     r2_t = torch.zeros_like(sigma) + r2  # full_like would fetch a number that is on the device
-    if observation.canvas is None:
+    if observation.diagonal:
         return ops.wiener_guidance(X, observation.Y, K, sigma**2, r2_t)  # Eq. (17)
     E, n = observation.residual(X, K), X.shape[1]  # particles differ where y was not measured: each is an image here
     rows = [v.repeat_interleave(n, dim=0) for v in (K, sigma**2, r2_t)]

@@ -19,6 +19,9 @@ from torch import Tensor
 from fastem import ops
 from fastem.operators import Canvas
 
+BORDER, BORDER_MASS = 2, 0.01  # pixels; a kernel with more mass than this so near the border wants a larger support
+CUT_MASS, MARGIN = 0.005, 4  # what may lie outside the support that is kept, and pixels added around the rest
+
 
 @dataclass(frozen=True)
 class CoarseToFine:
@@ -34,7 +37,10 @@ class CoarseToFine:
     solver_iters: int = 40  # of the kernel fit
     threshold: float = 0.05  # kernel values below this part of the peak are dropped
 
-    def __call__(self, y: Tensor, kernel_size: tuple[int, int], canvas: Canvas | None = None) -> Tensor:
+    def __call__(
+        self, y: Tensor, kernel_size: tuple[int, int], canvas: Canvas | None = None, seen: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The kernel of each image.
 
         Args:
@@ -42,17 +48,23 @@ class CoarseToFine:
             kernel_size: (h, w) of the support; no larger than the image.
             canvas: where y was measured, if it is not periodic: the rest is filled by the fitted images, and only
                 gradients whose blur was seen in full teach the kernel.
+            seen: like y, 0 for pixels of y that are wrong (saturated): they are filled like the margin.
+            start: `(B, 1, h, w)`, kernels that are nearly right: the search begins with them at half the resolution.
 
         Returns:
             `(B, 1, h, w)`, non-negative, sums to 1, centre of mass within half a pixel of `(h // 2, w // 2)`.
         """
         y = y.mean(dim=1, keepdim=True)
-        k = None
+        seen = None if seen is None else seen.amin(dim=1, keepdim=True)
+        k = start
         for size in self.scales(kernel_size):
+            if start is not None and 2 * max(size) < max(kernel_size):
+                continue
             factor = max(s / full for s, full in zip(size, kernel_size, strict=True))
             shape = tuple(min(n, max(2 * round(n * factor / 2), m)) for n, m in zip(y.shape[-2:], size, strict=True))
             k = _smallest(y, size) if k is None else _resize_kernel(k, size)
-            k = self._alternate(shrink(y, shape), k, shape, None if canvas is None or canvas.periodic else canvas)
+            frame = None if canvas is None or canvas.periodic else canvas
+            k = self._alternate(shrink(y, shape), k, shape, frame, seen)
         return k
 
     def scales(self, kernel_size: tuple[int, int]) -> list[tuple[int, int]]:
@@ -62,7 +74,9 @@ class CoarseToFine:
             sizes.append(tuple(max(_odd_below(n / self.ratio, n), 1) for n in sizes[-1]))
         return sizes[::-1]
 
-    def _alternate(self, y: Tensor, k: Tensor, shape: tuple[int, int], canvas: Canvas | None) -> Tensor:
+    def _alternate(
+        self, y: Tensor, k: Tensor, shape: tuple[int, int], canvas: Canvas | None, unsaturated: Tensor | None = None
+    ) -> Tensor:
         measured = seen = None
         if canvas is not None:
             border = tuple(
@@ -70,12 +84,16 @@ class CoarseToFine:
                 for m, s in zip((canvas.height, canvas.width), shape, strict=True)
             )
             measured, seen = (F.interpolate(canvas.inside(b, y)[None, None], size=shape) for b in ((0, 0), border))
+        if unsaturated is not None:  # a coarse pixel counts if all of it does
+            whole = 1 - F.adaptive_max_pool2d(1 - unsaturated, shape)
+            measured = whole if measured is None else measured * whole
         Y, sparsity = torch.fft.rfft2(y), self.sparsity
         for _ in range(self.num_iters):
             K = ops.psf_to_otf(k, shape)
             X, Gy, Gx = self._sparse_gradients(Y, K, sparsity, shape)
-            if canvas is not None:
+            if seen is not None:
                 Gy, Gx = (torch.fft.rfft2(torch.fft.irfft2(G, s=shape) * seen) for G in (Gy, Gx))
+            if measured is not None:
                 Y = torch.fft.rfft2(torch.where(measured > 0, y, torch.fft.irfft2(K * X, s=shape)))
             k = self._fit(Gy, Gx, Y, k, shape)
             sparsity = max(sparsity / self.sparsity_decay, self.sparsity_min)
@@ -105,6 +123,42 @@ class CoarseToFine:
         fitted = centre_by_pixels(fitted / fitted.sum(dim=(-2, -1), keepdim=True))
         good = torch.isfinite(fitted).all(dim=-1).all(dim=-1)[..., None, None]
         return torch.where(good, fitted, k)
+
+
+def find_kernel_size(
+    y: Tensor, start: int, largest: int, *, periodic: bool = False, seen: Tensor | None = None,
+    search: CoarseToFine = CoarseToFine(),
+) -> int:  # fmt: skip
+    """A side, in pixels, of a support that holds the kernel of each image: odd, from 9 to about `largest`.
+
+    A kernel larger than its support piles up at the border of the support: then the support grows by half. One that
+    fits is cut to the rows and columns that hold its mass, and a margin.
+
+    Args:
+        y: `(B, C, H, W)` in [0, 1], denoised.
+        start, largest: sides to begin and to end with; not larger than the image.
+        periodic: y has no border.
+        seen: see `CoarseToFine`.
+    """
+    size = start
+    while True:
+        ksize, canvas, framed, mask = (size, size), None, y, seen
+        if not periodic:
+            canvas = Canvas.around((y.shape[-2], y.shape[-1]), ksize)
+            framed = canvas.extend(y)
+            mask = None if seen is None else canvas.extend(seen).round()
+        k = search(framed, ksize, canvas, mask)
+        k = k / k.sum(dim=(-2, -1), keepdim=True)
+        border = 1 - k[..., BORDER:-BORDER, BORDER:-BORDER].sum(dim=(-2, -1))
+        if size >= largest or not bool((border > BORDER_MASS).any()):
+            break
+        size = min(_odd_below(1.5 * size, 2 * size), largest)
+    reach = 0
+    for dim in (-2, -1):
+        tail = k.sum(dim=dim).flatten(0, 1).sum(dim=0) / len(k)  # along the other axis
+        outside = torch.stack([tail[: i + 1].sum() + tail[len(tail) - i - 1 :].sum() for i in range(size // 2)])
+        reach = max(reach, size // 2 - int((outside < CUT_MASS).sum()))
+    return min(max(2 * (reach + MARGIN) + 1, 9), size)
 
 
 def fit_on_simplex(

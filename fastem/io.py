@@ -72,6 +72,7 @@ class Picture:
         sha256: hexadecimal, of the file.
         format: one of `FORMATS`.
         lossy: whether the file was compressed with losses (JPEG, most WebP, JPEG in TIFF).
+        quantization: `(8, 8)` float32, of a JPEG: the steps of its luminance, upright like the pixels; else None.
     """
 
     pixels: np.ndarray
@@ -82,6 +83,7 @@ class Picture:
     sha256: str = ""
     format: str = ""
     lossy: bool = False
+    quantization: np.ndarray | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -295,7 +297,19 @@ def _decode(data: bytes, kind: str, ihdr: _Ihdr | None, max_pixels: int, notes: 
                 alpha = _keyed_alpha(pixels, image.info["transparency"], ihdr.depth)
             packed = image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")  # TIFF
             lossy = kind == "JPEG" or packed or _webp_is_lossy(data)
-    return Picture(_upright(pixels, orientation), _upright(alpha, orientation), icc, exif, notes, lossy=lossy)
+            steps = jpeg_quantization(image)
+    if steps is not None and orientation >= 5:  # the orientations that swap rows and columns
+        steps = steps.T
+    upright = _upright(pixels, orientation), _upright(alpha, orientation)
+    return Picture(*upright, icc, exif, notes, lossy=lossy, quantization=steps)
+
+
+def jpeg_quantization(image: Image.Image) -> np.ndarray | None:
+    """`(8, 8)` float32: the quantisation steps of the luminance of an opened JPEG; None for anything else."""
+    tables = getattr(image, "quantization", None)
+    if not tables or len(first := next(iter(tables.values()))) != 64:
+        return None
+    return np.array(first, np.float32).reshape(8, 8)
 
 
 def _webp_is_lossy(data: bytes) -> bool:

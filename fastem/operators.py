@@ -49,22 +49,34 @@ class Canvas:
 class Observation:
     """What was measured: `y = k (*) x + sigma * noise`, images in [0, 1].
 
-    y `(B, C, H, W)`; sigma `(B,)`, the std of the noise in image units, > 0. The margin of `canvas` was not measured.
+    y `(B, C, H, W)`; sigma `(B,)`, the std of the noise in image units, > 0. The margin of `canvas` was not measured,
+    nor was what `seen` `(B, C, H, W)` holds 0 for (saturated pixels). With `gamma` the blur happens in linear light:
+    `y = (k (*) x^gamma)^(1 / gamma) + sigma * noise`.
     """
 
     y: Tensor
     sigma: Tensor
     canvas: Canvas | None = None
+    seen: Tensor | None = None
+    gamma: float = 1.0
 
     @classmethod
-    def of(cls, y: Tensor, sigma: float | Tensor, canvas: Canvas | None = None) -> Observation:
+    def of(
+        cls, y: Tensor, sigma: float | Tensor, canvas: Canvas | None = None, *, seen: Tensor | None = None,
+        gamma: float = 1.0,
+    ) -> Observation:  # fmt: skip
         sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(y.shape[0])
         if not bool((sigma > 0).all()):
             raise ValueError(
                 f"sigma must be > 0, got {sigma.tolist()}: without noise the kernel and the guidance divide by zero. "
                 "Use a small floor such as 0.5 / 255."
             )
-        return cls(y, sigma, None if canvas is None or canvas.periodic else canvas)
+        return cls(y, sigma, None if canvas is None or canvas.periodic else canvas, seen, gamma)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether all of it is diagonal in Fourier: no margin, nothing unseen, a linear blur."""
+        return self.canvas is None and self.seen is None and self.gamma == 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -80,11 +92,34 @@ class Observation:
 
         What was not measured counts as explained: the residual is 0 there.
         """
-        E = self.Y[:, None] - K[:, None] * X
-        if self.canvas is None:
-            return E
-        inside = self.canvas.inside((0, 0), self.y)
-        return torch.fft.rfft2(torch.fft.irfft2(E, s=self.size) * inside)
+        if self.gamma == 1:
+            E = self.Y[:, None] - K[:, None] * X
+            if self.diagonal:
+                return E
+            e = torch.fft.irfft2(E, s=self.size)
+        else:
+            linear = torch.fft.rfft2(torch.fft.irfft2(X, s=self.size).clamp(0, 1) ** self.gamma)
+            predicted = torch.fft.irfft2(K[:, None] * linear, s=self.size).clamp(0, 1) ** (1 / self.gamma)
+            e = self.y[:, None] - predicted
+        if self.canvas is not None:
+            e = e * self.canvas.inside((0, 0), self.y)
+        return torch.fft.rfft2(e if self.seen is None else e * self.seen[:, None])
+
+    def for_kernel(self, X: Tensor, K: Tensor) -> tuple[Tensor, Observation]:
+        """X and an observation between which the kernel is a plain convolution: for the M-step.
+
+        Both are in linear light, and where a pixel was not seen stands what the present kernel predicts (the E-step of
+        a missing measurement).
+        """
+        if self.seen is None and self.gamma == 1:
+            return X, self
+        y = self.y
+        if self.gamma != 1:
+            X = torch.fft.rfft2(torch.fft.irfft2(X, s=self.size).clamp(0, 1) ** self.gamma)
+            y = y.clamp(0, 1) ** self.gamma
+        if self.seen is not None:
+            y = torch.where(self.seen > 0, y, torch.fft.irfft2(K[:, None] * X, s=self.size).mean(dim=1))
+        return X, Observation(y, self.sigma, self.canvas)
 
 
 def blur(x: Tensor, k: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Engine:
     lossy: list[bool] = field(default_factory=list)
     config = {"method": "none", "device": "cpu", "backend": "reference"}
 
-    def __call__(self, image, *, sigma, seed, kernel, lossy, on_step=None):
+    def __call__(self, image, *, sigma, seed, kernel, lossy, quantization, on_step=None):
         self.lossy.append(lossy)
         if error := self.failures.get(int(image.flat[0])):
             raise error

@@ -21,6 +21,7 @@ from fastem.engine import (
     looks_periodic,
     reblur_chi2,
 )
+from fastem.io import jpeg_quantization
 from fastem.metrics import kernel_correlation, psnr, psnr_aligned
 from fastem.models import EpsModel, GaussianEps, load_model
 from fastem.operators import Canvas
@@ -224,6 +225,48 @@ def test_the_guard_decides_for_each_image_of_a_batch():
     assert drawn.kernel[0].max() == 1 and drawn.kernel[1].max() < 1
 
 
+def test_blur_in_linear_light():
+    """With the true kernel: a blur of light is undone better as one."""
+    x, k = edges(48, 48, seed=3), motion_kernel(9, 3)
+    y = degrade(x**2.2, k, 0, 3).clip(0, 1) ** (1 / 2.2) + np.random.default_rng(0).normal(0, 0.01, x.shape)
+    restored = {gamma: quick(steps=8, gamma=gamma)(y, sigma=0.01, kernel=k) for gamma in (1.0, 2.2)}
+    assert psnr(restored[2.2].image, x) > psnr(restored[1.0].image, x) + 0.5
+    both = quick(gamma="auto")(y, sigma=0.01, kernel=k)
+    assert any(w.startswith("W_GAMMA") for w in both.warnings)
+
+
+def test_lights_that_were_clipped():
+    """With the true kernel: the streaks of small lights, clipped by the sensor, ring unless they count as unseen."""
+    x, k = 0.75 * edges(64, 64, seed=3), motion_kernel(9, 3)
+    for row, col in ((20, 20), (25, 45), (48, 30)):
+        x[row : row + 3, col : col + 3] = 6
+    noise = np.random.default_rng(0).normal(0, 0.01, x.shape).astype(np.float32)
+    y, truth = (degrade(x, k, 0, 3).clip(0, 1) + noise).clip(0, 1), x.clip(0, 1)
+    unseen, taken = (quick(steps=8, saturation=s)(y, sigma=0.01, kernel=k).image for s in (0.97, None))
+    assert psnr(unseen, truth) > psnr(taken, truth) + 0.2
+
+
+def test_kernel_size_auto():
+    _, _, y = blurred(96, 96, seed=3, size=9)
+    r = quick(kernel_size="auto", guard=False)(y, sigma=0.01)
+    assert r.kernel.shape[0] == r.kernel.shape[1] <= 48 and r.kernel.sum() == pytest.approx(1, abs=1e-4)
+    assert quick(kernel_size="auto").config["kernel_size"] == "auto"
+    assert quick(kernel_size="auto")(np.full((20, 20), 0.5, np.float32)).kernel.max() == 1
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [({"gamma": 0.5}, "gamma is a number from 1 to 4"), ({"gamma": "dark"}, "'auto', got 'dark'"),
+     ({"saturation": 2.0}, "saturation is a brightness"), ({"kernel_size": "large"}, "or 'auto', got 'large'"),
+     ({"kernel_size": "auto", "m_step": "hqs"}, "need method 'fast-em' with the M-step 'edges'"),
+     ({"r2_term": True}, "add m_step 'hqs'")],
+    ids=str,
+)  # fmt: skip
+def test_options_of_photos(option, message):
+    with pytest.raises(ValueError, match=message):
+        quick(**option)
+
+
 @pytest.mark.parametrize("name", ["reference", "native"])
 def test_an_image_without_edges(name, request):
     """Not constant, but too smooth to fit a kernel to: there is still a result."""
@@ -244,15 +287,20 @@ def test_sigma():
     assert any(w.startswith("W_SIGMA") for w in silent.warnings)  # the residual is far above the floor
 
 
-def test_lossy_photos_have_at_least_two_grey_levels_of_noise(tmp_path):
+def test_estimates_of_lossy_photos_have_a_floor(tmp_path):
+    """From the quantisation tables of a JPEG; two grey levels where there are none."""
     image = as_type(blurred(64, 64, sigma=0)[2], "uint8")
     Image.fromarray(image).save(tmp_path / "photo.jpg", quality=60)
     k = motion_kernel(7, 0)
     with Image.open(tmp_path / "photo.jpg") as opened:
         results = [quick()(photo, kernel=k) for photo in (opened, tmp_path / "photo.jpg")]
-    results.append(quick()(image, kernel=k, lossy=True))
+        table = jpeg_quantization(opened)
+    results += [quick()(image, kernel=k, lossy=True), quick()(image, kernel=k, lossy=True, quantization=table)]
     for r in results:
-        assert r.sigma == LOSSY_SIGMA and any(w.startswith("W_LOSSY") for w in r.warnings)
+        assert any(w.startswith("W_LOSSY") for w in r.warnings)
+    floor = [r.sigma for r in results]
+    assert floor[0] == floor[1] and floor[2] == LOSSY_SIGMA and floor[3] == pytest.approx(floor[0], rel=0.3)
+    assert 2 / 255 < floor[0] < 10 / 255
     assert quick()(image, kernel=k).sigma < LOSSY_SIGMA  # pixels do not tell
     assert quick()(image, kernel=k, sigma=0.004, lossy=True).sigma == 0.004  # what was said stands
 

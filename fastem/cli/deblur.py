@@ -17,7 +17,9 @@ def deblur(
     images: Annotated[list[Path], typer.Argument(help="image files, or folders of them", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("restored"),
     sigma: Annotated[str, typer.Option(metavar="auto|0..255", help="noise std, grey levels; auto: estimated")] = "auto",
-    kernel_size: Annotated[int, typer.Option(min=1, help="side of the largest blur to look for, pixels")] = 33,
+    kernel_size: Annotated[
+        str, typer.Option(metavar="auto|PIXELS", help="side of the largest blur to look for; auto: found, up to 129")
+    ] = "33",
     kernel: Annotated[Path | None, typer.Option(help="the blur, if it is known: .npy, or a picture of it")] = None,
     method: Annotated[str, typer.Option(metavar="fast-em|diffusion-em", help="how the blur is found")] = "fast-em",
     guidance: Annotated[
@@ -41,6 +43,12 @@ def deblur(
     r2_term: Annotated[
         bool, typer.Option("--r2-term", help="with --m-step hqs: count the error of the estimate, Appendix D")
     ] = False,
+    gamma: Annotated[
+        str, typer.Option(metavar="auto|1..4", help="blur in linear light; cameras: 2.2; auto: what explains it better")
+    ] = "1",
+    saturation: Annotated[
+        str, typer.Option(metavar="off|1..255", help="grey level from which on highlights are clipped, and ignored")
+    ] = "off",
     guard: Annotated[bool, typer.Option(help="denoise only where no blur is seen")] = True,
     boundary: Annotated[
         str, typer.Option(metavar="auto|photo|circular", help="what lies beyond the borders of the image")
@@ -73,6 +81,11 @@ def deblur(
     For a.jpg this writes a.png, a.kernel.npy, a.kernel.png and a.json into the output folder.
     """
     level, together = parse_sigma(sigma, force), parse_batch_size(batch_size)
+    size = kernel_size
+    if kernel_size != "auto":
+        size = int(_number("--kernel-size", "auto or 1..513 whole pixels", kernel_size, 1, 513))
+    light = "auto" if gamma == "auto" else _number("--gamma", "auto or 1..4", gamma, 1, 4)
+    clipped = None if saturation == "off" else _number("--saturation", "off or 1..255", saturation, 1, 255) / 255
 
     from fastem.batch import deblur_plan, plan_files  # torch loads here, not for --help
     from fastem.io import shown
@@ -85,9 +98,9 @@ def deblur(
 
     with console.options_checked():
         engine = Deblurrer(
-            prior, method=method, guidance=guidance, steps=steps, particles=particles, kernel_size=kernel_size,
+            prior, method=method, guidance=guidance, steps=steps, particles=particles, kernel_size=size,
             compat=compat, m_step=m_step, r2_term=r2_term, guard=guard,
-            boundary=boundary, tile=tile, device=device, backend=backend,
+            gamma=light, saturation=clipped, boundary=boundary, tile=tile, device=device, backend=backend,
         )  # fmt: skip
         if method == "known" and known is None:
             raise ValueError("--method known needs the kernel: give it with --kernel FILE")
@@ -106,6 +119,16 @@ def deblur(
             )  # fmt: skip
         code = console.show_outcomes(outcomes, plan, progress)
     raise typer.Exit(code)
+
+
+def _number(option: str, allowed: str, text: str, least: float, most: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most or (option == "--kernel-size" and value % 1):
+        raise typer.BadParameter(f"{option} is {allowed}, got {text!r}")
+    return value
 
 
 def parse_batch_size(text: str) -> int | str:

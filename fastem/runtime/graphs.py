@@ -73,7 +73,9 @@ class Recording:
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._x_t, self._noise, self._x0_hat = x_t.clone(), torch.zeros_like(x_t), torch.zeros_like(x_t)
         self._state = replace(state, **{name: t.clone() for name, t in _tensors(state)})
-        self._observation = Observation(observation.y.clone(), observation.sigma.clone(), observation.canvas)
+        own = {name: getattr(observation, name).clone() for name in ("y", "sigma")}
+        seen = None if observation.seen is None else observation.seen.clone()
+        self._observation = replace(observation, **own, seen=seen)
         self._programs: dict[Phase, Callable[[], None]] = {}
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -101,6 +103,8 @@ class Recording:
             buffer.copy_(getattr(state, name))
         self._observation.y.copy_(observation.y)
         self._observation.sigma.copy_(observation.sigma)
+        if observation.seen is not None:
+            self._observation.seen.copy_(observation.seen)
         self._observation.Y.copy_(observation.Y)
 
     def advance(self, row: int, noise: Draw | None, phase: Phase) -> None:
@@ -167,7 +171,8 @@ def _tensors(state) -> list[tuple[str, Tensor]]:
 
 def _key(body: StepBody, observation: Observation, state, x_t: Tensor) -> Hashable:
     shapes = [(tuple(t.shape), t.dtype) for t in (x_t, observation.y, *(t for _, t in _tensors(state)))]
-    program = body.estimator.program(), body.guidance, observation.canvas, current_backend()
+    kind = observation.canvas, observation.gamma, observation.seen is None
+    program = body.estimator.program(), body.guidance, kind, current_backend()
     return *shapes, x_t.device, _network(body.model), program
 
 
