@@ -3,7 +3,7 @@
 #   make test       install with the tools for tests, run the tests (on one thread: they are small)
 #   make native     rebuild the extension after a change in csrc/
 #   make cpp-test   build and test the kernels without torch or Python (needs cmake); make asan: under sanitizers
-#   make gpu-test   the tests that need a GPU
+#   make gpu-test   the tests that need a GPU, and make gpu-sanitize where compute-sanitizer is found
 #   make bench      the benchmarks of a CPU, about an hour; make gpu-bench: those of a GPU, with REFERENCE=path beside the
 #                   released program; both leave JSON in benchmarks/results/ and the table in benchmarks/README.md
 #   make lint  make wheel  make clean
@@ -13,6 +13,7 @@ TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 OMP_NUM_THREADS ?= 2
 PYTEST_ARGS ?=
+SANITIZER ?= $(shell command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 export OMP_NUM_THREADS
 
 VENV := .venv
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := setup.py $(wildcard csrc/cpu/* csrc/torch/* csrc/cuda/* csrc/include/fastem/*)
 
-.PHONY: demo test bench gpu-bench native gpu-test cpp-test asan lint wheel clean
+.PHONY: demo test bench gpu-bench native gpu-test gpu-sanitize cpp-test asan lint wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native
@@ -39,6 +40,15 @@ test: $(VENV)/.dev $(VENV)/.native
 gpu-test: $(VENV)/.dev $(VENV)/.native
 	FASTEM_REQUIRE=native,cuda,triton $(BIN)/python -m pytest -q tests/test_cuda.py tests/test_cuda_runtime.py \
 	  tests/test_triton.py $(PYTEST_ARGS)
+	@if command -v $(SANITIZER) > /dev/null; then $(MAKE) gpu-sanitize; else echo "no $(SANITIZER): not run"; fi
+
+# Small shapes only: a sanitizer slows kernels down by orders of magnitude. Without torch's pool every tensor has borders
+# of its own; graphs cannot be recorded then.
+gpu-sanitize: $(VENV)/.dev $(VENV)/.native
+	for tool in memcheck initcheck synccheck; do \
+	  FASTEM_SMALL=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+	    --kernel-regex kns=fastem $(BIN)/python -m pytest -q tests/test_cuda.py -k "not captured and not recorded" || exit 1; \
+	done
 
 # On one thread and in CPU seconds, which other programs on the machine hardly change.
 CPU_JSON := benchmarks/results/cpu

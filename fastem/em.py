@@ -73,9 +73,8 @@ class HQS:
             *sums, state.k, size=observation.size, count=X.shape[1] * (1 if released else X.shape[2]),
             particles=X.shape[1], sigma=observation.sigma, prior=self.prior, beta=self.beta,
             num_iters=self.num_iters, compat=self.compat,
-            r2=r2 if self.r2_ridge else 0.0,
+            r2=r2 if self.r2_ridge else 0.0, recentred=True,
         )  # fmt: skip
-        k = ops.recentre(k)
         if not released:  # a map without mass, or an M-step that overflowed, keeps the kernel it had
             k = torch.where(
                 torch.isfinite(k).all(-1).all(-1)[..., None, None] & (k.sum((-2, -1), keepdim=True) > 0), k, state.k

@@ -94,8 +94,12 @@ def mstep(
 def mstep_from_sums(
     Sxy: Tensor, Sxx: Tensor, k: Tensor, *, size: tuple[int, int], count: int, particles: int, sigma: float | Tensor,
     prior: KernelPrior, beta: float, num_iters: int, compat: str, solver: str = "hqs", r2: float | Tensor = 0.0,
+    recentred: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`mstep` from the sums of `ops.spectral_sums`, which a sampler has at hand, or adds up over a kernel group."""
+    """`mstep` from the sums of `ops.spectral_sums`, which a sampler has at hand, or adds up over a kernel group.
+
+    With `recentred` the result goes through `ops.recentre`.
+    """
     if compat not in ("paper", "released"):
         raise ValueError(f"compat must be 'paper' or 'released', got {compat!r}")
     sigma = torch.as_tensor(sigma, dtype=k.dtype, device=k.device).expand(k.shape[0]).view(-1, 1, 1, 1)
@@ -104,9 +108,10 @@ def mstep_from_sums(
         Sxx = Sxx + count * size[0] * size[1] * r2  # Eq. (D.9), unnormalised transform
     a, g = support_filters(Sxy, Sxx, weight, size, k.shape[-2:])
     if solver == "hqs":
-        return hqs(a, g, k, prior, beta, num_iters)
+        return hqs(a, g, k, prior, beta, num_iters, recentred=recentred)
     if solver == "admm":
-        return admm(a, g, k, prior, beta, num_iters)
+        k = admm(a, g, k, prior, beta, num_iters)
+        return ops.recentre(k) if recentred else k
     raise ValueError(f"solver must be 'hqs' or 'admm', got {solver!r}")
 
 
@@ -122,7 +127,9 @@ def support_filters(
     return ops.crop_support(spatial[:, :1], h, w), ops.crop_support(spatial[:, 1:], 2 * h - 1, 2 * w - 1)
 
 
-def hqs(a: Tensor, g: Tensor, k: Tensor, prior: KernelPrior, beta: float, num_iters: int) -> Tensor:
+def hqs(
+    a: Tensor, g: Tensor, k: Tensor, prior: KernelPrior, beta: float, num_iters: int, *, recentred: bool = False
+) -> Tensor:
     """Alternates Eq. (24) and Eq. (25) on the support."""
     chain = (
         prior.denoiser.as_chain()
@@ -131,11 +138,11 @@ def hqs(a: Tensor, g: Tensor, k: Tensor, prior: KernelPrior, beta: float, num_it
     )
     if chain is not None:
         noise_std = torch.full((k.shape[0],), math.sqrt(prior.lam / beta), dtype=k.dtype, device=k.device)
-        return ops.hqs_chain(a, g, k, noise_std, *chain, num_iters)
+        return ops.hqs_chain(a, g, k, noise_std, *chain, num_iters, recentred=recentred)
     for _ in range(num_iters):
         z = ops.project_kernel(a + ops.convolve_support(g, k))  # Eq. (24)
         k = ops.project_kernel(prior(z, beta))  # Eq. (25)
-    return k
+    return ops.recentre(k) if recentred else k
 
 
 def admm(a: Tensor, g: Tensor, k: Tensor, prior: KernelPrior, beta: float, num_iters: int) -> Tensor:

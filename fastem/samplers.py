@@ -47,6 +47,20 @@ class Noise(Protocol):
 
 
 @dataclass(frozen=True)
+class PhiloxDraw:
+    """The noise of one step by its counter: called it is a tensor, but the update can draw it on the way."""
+
+    seeds: Tensor
+    particles: int
+    shape: tuple[int, ...]
+    index: int
+    stream: int
+
+    def __call__(self) -> Tensor:
+        return ops.philox_normal(self.seeds, self.particles, self.shape, step=self.index, stream=self.stream)
+
+
+@dataclass(frozen=True)
 class PhiloxNoise:
     """Noise of an image from its own seed: the same whatever the batch, the order or the machine."""
 
@@ -59,7 +73,10 @@ class PhiloxNoise:
         return ops.philox_normal(self.seeds, self.particles, self.shape, step=0, stream=2 * self.run)
 
     def step(self, index: int) -> Tensor:
-        return ops.philox_normal(self.seeds, self.particles, self.shape, step=index, stream=2 * self.run + 1)
+        return self.draw(index)()
+
+    def draw(self, index: int) -> PhiloxDraw:
+        return PhiloxDraw(self.seeds, self.particles, self.shape, index, 2 * self.run + 1)
 
 
 @dataclass(frozen=True)
@@ -174,8 +191,13 @@ class StepBody:
                 with ranges.stage("unet_vjp") if phase.pulls else nullcontext():
                     g = pull(g)
             with ranges.stage("update"):
-                xi = None if noise is None else noise()
-                x_t = ops.step_update(x_t, x0, xi, g, c.c0, c.ct, c.std, c.gain)  # Eq. (15)
+                if isinstance(noise, PhiloxDraw):  # drawn in the kernel
+                    x_t = ops.step_update_philox(
+                        x_t, x0, g, noise.seeds, c.c0, c.ct, c.std, c.gain, noise.index, noise.stream
+                    )
+                else:
+                    xi = None if noise is None else noise()
+                    x_t = ops.step_update(x_t, x0, xi, g, c.c0, c.ct, c.std, c.gain)  # Eq. (15)
         return x_t, state, x0_hat
 
 
@@ -241,7 +263,8 @@ def sample(
         c = table[row]
         pulls = guidance.jacobian and c.gain != 0 and step.sigma_t >= vjp_down_to
         phase = Phase(learns=not estimator.rests(step), pulls=pulls)
-        run.advance(row, partial(noise.step, step.index) if c.std else None, phase)
+        draw = noise.draw(step.index) if isinstance(noise, PhiloxNoise) else partial(noise.step, step.index)
+        run.advance(row, draw if c.std else None, phase)
         if on_step is not None:
             on_step(step, run.x0_hat, run.state.k)
     return Sample(run.x_t, run.state.k)

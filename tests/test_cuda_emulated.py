@@ -135,7 +135,7 @@ def test_spectral_sums(cuda, size, per_channel):
 def test_predict_x0_and_step_update(cuda, count):
     x_t, eps = random(count, low=-2, high=2), random(count, seed=1)
     x0_hat, mask = result(count), result(count)
-    call(cuda.predict_x0, x_t, eps, x0_hat, mask, c_double(0.6), count)
+    call(cuda.predict_x0, x_t, eps, x0_hat, mask, c_double(0.6), None, count)
     expected, expected_mask = reference.predict_x0(*wide(x_t, eps), 0.6)
     assert_close(x0_hat, expected)
     assert (mask != expected_mask).sum() <= 1  # a value on the bound may round to either side
@@ -143,7 +143,7 @@ def test_predict_x0_and_step_update(cuda, count):
     for given, std in ((noise, 0.3), (None, 0.0)):
         for guide in (guidance, None):
             out = result(count)
-            call(cuda.step_update, x_t, x0_hat, given, guide, out, 0.4, 0.6, std, -0.7, count)
+            call(cuda.step_update, x_t, x0_hat, given, guide, out, 0.4, 0.6, std, -0.7, None, count)
             assert_close(out, reference.step_update(*wide(x_t, x0_hat, noise, guide), 0.4, 0.6, std, -0.7))
 
 
@@ -156,8 +156,29 @@ def test_philox(cuda, shape):
     x_t, x0_hat, guidance = (random(*noise.shape, seed=i) for i in range(3))
     for guide in (guidance, None):
         out = result(*noise.shape)
-        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guide, out, 0.4, 0.6, 0.3, -0.7, 3, 2, count, 7, 1)
+        numbers = (0.4, 0.6, 0.3, -0.7)
+        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guide, out, *numbers, None, None, 3, 2, count, 7, 1)
         assert_close(out, reference.step_update(*wide(x_t, x0_hat, noise, guide), 0.4, 0.6, 0.3, -0.7))
+
+
+def test_numbers_and_step_may_be_read_on_the_device(cuda):
+    """As in a recorded step: one launch, and the values of another row at the next replay."""
+    x_t, eps, guidance = (random(3, 2, 33, seed=i, low=-2, high=2) for i in range(3))
+    wrong = (9.0, 9.0, 9.0, 9.0)
+    x0_hat, mask, out, expected = (result(*x_t.shape) for _ in range(4))
+    for alpha_bar, row, numbers in ((0.6, 7, [0.4, 0.6, 0.3, -0.7]), (4e-5, 8, [0.1, 0.8, 0.2, 0.0])):
+        given, step = torch.tensor(numbers, dtype=torch.float64), torch.tensor([row])
+        on_device = torch.tensor([alpha_bar], dtype=torch.float64)
+        call(cuda.predict_x0, x_t, eps, x0_hat, mask, c_double(0.5), on_device, x_t.numel())
+        call(cuda.predict_x0, x_t, eps, expected, mask, c_double(alpha_bar), None, x_t.numel())
+        assert torch.equal(x0_hat, expected)
+        sizes = (3, 2, 33)
+        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guidance, out, *wrong, given, step, *sizes, 99, 1)
+        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guidance, expected, *numbers, None, None, *sizes, row, 1)
+        assert torch.equal(out, expected)
+        call(cuda.step_update, x_t, x0_hat, eps, guidance, out, *wrong, given, x_t.numel())
+        call(cuda.step_update, x_t, x0_hat, eps, guidance, expected, *numbers, None, x_t.numel())
+        assert torch.equal(out, expected)
 
 
 DTYPES = {torch.float32: (0, TOLERANCE), torch.float16: (1, 2**-11 + 1e-6), torch.bfloat16: (2, 2**-8 + 1e-6)}
@@ -312,7 +333,7 @@ class Chain:
         self.biases = [0.1 * random(o, seed=50 + n) if biased else None for n, (o, _) in enumerate(pairs)]
         self.scale = 50.0
 
-    def run(self, cuda, a, g, k, noise_std, num_iters):
+    def run(self, cuda, a, g, k, noise_std, num_iters, recentred=False):
         count, size, layers = k.shape[0], k.shape[-2:], len(self.weights)
         widths = (c_int64 * len(self.widths))(*self.widths)
         pointers = [(c_void_p * layers)(*(t.data_ptr() if t is not None else None for t in ts))
@@ -320,7 +341,7 @@ class Chain:
         scratch = cuda.chain_scratch_floats(c_int64(count), *map(c_int64, size), widths, c_int64(layers))
         out = result(*k.shape)
         call(cuda.hqs_chain, a, g, k, noise_std, out, result(scratch), count, *size, *pointers, widths, layers,
-             self.scale, num_iters)  # fmt: skip
+             self.scale, num_iters, recentred)  # fmt: skip
         return out
 
     def spec(self):
@@ -344,6 +365,17 @@ def test_hqs_chain(cuda, biased):
     chain = Chain(CHAINS["wide"], biased)
     actual = chain.run(cuda, a, g, k, NOISE, 3)
     assert_close(actual, reference.hqs_chain(*wide(a, g, k, NOISE), *chain.spec(), 3))
+
+
+@pytest.mark.parametrize("size", [(5, 5), (13, 10), (4, 85), (1, 1)], ids=str)
+def test_hqs_chain_recentres_its_result(cuda, size):
+    a, g, k = affine(*size)
+    chain = Chain(CHAINS["narrow"])
+    plain, moved = (chain.run(cuda, a, g, k, NOISE, 2, recentred) for recentred in (False, True))
+    out, scratch = result(*k.shape), result(cuda.recentre_scratch_floats(2, *size))
+    call(cuda.recentre, plain, out, scratch, 2, *size)
+    assert_close(moved, out)
+    assert_close(moved, reference.recentre(reference.hqs_chain(*wide(a, g, k, NOISE), *chain.spec(), 2)), 5e-6)
 
 
 def test_hqs_chain_is_the_same_to_the_bit_on_any_device_and_in_any_company(cuda):

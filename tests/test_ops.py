@@ -130,6 +130,10 @@ def test_step_update_philox_passes_opcheck(native_backend):
     x = uniform(2, 3, 1, 5, 4)
     args = (x, x / 2, None, torch.tensor([1, 2]), 0.3, 0.6, 0.1, 0.0, 4, 5)
     torch.library.opcheck(torch.ops.fastem.step_update_philox.default, args)
+    numbers = list(torch.rand(4, dtype=torch.float64).unbind())
+    torch.library.opcheck(torch.ops.fastem.step_update_philox.default, (*args, *numbers, torch.tensor([3])))
+    torch.library.opcheck(torch.ops.fastem.step_update.default, (x, x / 2, x, None, 0, 0, 0, 0, *numbers))
+    torch.library.opcheck(torch.ops.fastem.predict_x0.default, (x, x / 2, 0, numbers[0]))
 
 
 def test_channels_may_be_kept_apart(backend):
@@ -173,6 +177,27 @@ def test_step_update_philox_composes_its_parts(backend, shape, std):
     noise = reference.philox_normal(seeds, 3, shape, 9, 1)
     expected = reference.step_update(*double((x, x0, noise, guidance)), 0.3, 0.6, std, 0.02)
     assert relative_error(fused, expected) < TOLERANCE
+
+
+def test_numbers_and_step_may_be_tensors(backend):
+    """As a recorded step reads them: from a row of a table, and the row from a counter."""
+    seeds, table = (
+        torch.tensor([1, 2**62]),
+        torch.tensor([[0.3, 0.6, 0.1, 0.02, 0.7], [0.2, 0.5, 0.0, -0.1, 0.9]]).double(),
+    )
+    x, x0, noise, guidance = (uniform(2, 3, 5, 7, seed=s) for s in range(4))
+    for row in torch.arange(2):
+        *numbers, alpha_bar = table.index_select(0, row.view(1))[0].unbind()
+        values = [n.item() for n in numbers]
+        for actual, expected in (
+            (ops.predict_x0(x, noise, alpha_bar), ops.predict_x0(x, noise, alpha_bar.item())),
+            (ops.step_update(x, x0, noise, guidance, *numbers), ops.step_update(x, x0, noise, guidance, *values)),
+            (
+                ops.step_update_philox(x, x0, guidance, seeds, *numbers, step=row, stream=1),
+                ops.step_update_philox(x, x0, guidance, seeds, *values, step=row.item(), stream=1),
+            ),
+        ):
+            assert relative_error(actual, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("widths", [(), (32, 32, 32, 32), (5, 24, 3), (48,)], ids=str)
@@ -448,6 +473,14 @@ def test_a_map_without_mass_is_nan_and_recentres_to_zero(backend):
         assert torch.equal(ops.recentre(bad), torch.zeros(1, 1, 5, 6))
 
 
+def test_the_m_step_may_recentre_its_result(native_backend):
+    a, g, k, *rest = arguments("hqs_chain", 9, 8)
+    moved = ops.hqs_chain(a, g, k, *rest, recentred=True)
+    assert torch.equal(moved, ops.recentre(ops.hqs_chain(a, g, k, *rest)))
+    expected = reference.recentre(reference.hqs_chain(*double((a, g, k, *rest))))
+    assert relative_error(moved, expected) < 1e-5
+
+
 def test_recentre_puts_the_centre_of_mass_in_the_middle(native_backend):
     k = torch.zeros(1, 1, 33, 33)
     k[..., 10:14, 18:22] = 1 / 16
@@ -509,6 +542,8 @@ def test_wrong_shapes_are_refused(backend, call, message):
         lambda f: f.hqs_chain(K5[..., 1:], G5, K5, TWO, *chain(), 1),
         lambda f: f.predict_x0(K5, G5, 0.5),
         lambda f: f.step_update(K5, K5[:1], None, None, 1.0, 0.0, 0.0, 0.0),
+        lambda f: f.step_update(K5, K5, None, None, 1.0, 0.0, 0.0, 0.0, ONE),
+        lambda f: f.predict_x0(K5, K5, 0.5, ONE),
         lambda f: f.step_update_philox(K5, K5, None, torch.tensor([1]), 1.0, 0.0, 0.1, 0.0, 0, 0),
         lambda f: f.group_norm_silu(K5, None, TWO, ONE, None, None, 1, 1e-5),
         lambda f: f.group_norm_silu(K5, G5, TWO, TWO, None, None, 1, 1e-5),

@@ -9,6 +9,7 @@
 
 #include "convolve.cuh"
 #include "launch.cuh"
+#include "recentre.cuh"
 
 namespace fastem {
 namespace {
@@ -97,7 +98,7 @@ struct Source {
 };
 
 struct Shared {
-  float* reduce;  // 32
+  float* reduce;  // 64: 32 floats or doubles
   float* weight;
   float* act;  // a chunk of a tile, and after it the partial sums; between layers the kernel
 };
@@ -254,10 +255,18 @@ __device__ float map_sum(const float* map, int64_t size, float* scratch) {
   return block_sum(sum, scratch);
 }
 
+// A function of its own: it wants more registers than the loop before it leaves.
+__device__ __noinline__ void recentre_result(const float* k, float total, float* out, float* coefficients,
+                                             float* reduce, int h, int w) {
+  recentre_block([=](int i) { return fresh(k + i) / total; }, out, coefficients, reinterpret_cast<double*>(reduce), h,
+                 w);
+}
+
 struct Maps {  // of all images, on the device; g null runs the chain once on k as it is
   const float *a, *g, *k, *noise_std;
   float* out;
   int64_t n_image, num_iters;
+  bool recentre;  // the result, as `recentre` does
 };
 
 struct Workspace {
@@ -279,8 +288,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int begin = tiles * team.rank / team_size * plan.tile_rows;
   const int stop = tiles * (team.rank + 1) / team_size * plan.tile_rows, end = stop < h ? stop : h;
 
-  float* const reduce = dynamic_shared();  // 32 floats, then g, weights, activations
-  float* const staged_g = reduce + 32;
+  float* const reduce = dynamic_shared();  // then g, weights, activations
+  float* const staged_g = reduce + 64;
   float* const weight = staged_g + g_floats;
   const Shared shared{reduce, weight, weight + plan.chunk * 9 * kOut};
 
@@ -324,8 +333,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       total = map_sum(k_map, map, reduce);  // Eq. (25)
       current = k_map;
     }
-    for (int i = begin * w + threadIdx.x; i < end * w; i += blockDim.x) {
-      io.out[image * map + i] = fresh(current + i) / total;
+    if (!io.recentre) {
+      for (int i = begin * w + threadIdx.x; i < end * w; i += blockDim.x) {
+        io.out[image * map + i] = fresh(current + i) / total;
+      }
+    } else if (team.rank == 0) {  // the others may begin the next image: they wait before they write what is read here
+      recentre_result(current, total, io.out + image * map, k_in_shared ? shared.act : activations, reduce, h, w);
     }
     __syncthreads();
   }
@@ -349,7 +362,7 @@ int64_t shared_act(const Plan& plan) {  // floats: a chunk of a tile, or the par
   return std::max<int64_t>(plan.chunk * plan.plane_floats, (kParts - 1) * kOutPerThread * kStrip * plan.units * 8);
 }
 
-int64_t shared_floats(const Plan& plan) { return 32 + plan.chunk * 9 * kOut + shared_act(plan); }
+int64_t shared_floats(const Plan& plan) { return 64 + plan.chunk * 9 * kOut + shared_act(plan); }
 
 Plan make_plan(const ChainParams& p, int64_t limit) {
   Plan plan{};
@@ -418,12 +431,12 @@ int64_t chain_cuda_scratch(const ChainParams& p) {
 
 cudaError_t denoise_chain_cuda(const float* k, const float* noise_std, float* out, float* scratch,
                                const ChainParams& p, cudaStream_t stream) {
-  return run({nullptr, nullptr, k, noise_std, out, p.n_image, 1}, scratch, p, stream);
+  return run({nullptr, nullptr, k, noise_std, out, p.n_image, 1, false}, scratch, p, stream);
 }
 
 cudaError_t hqs_chain_cuda(const float* a, const float* g, const float* k, const float* noise_std, float* out,
-                           float* scratch, const ChainParams& p, int64_t num_iters, cudaStream_t stream) {
-  return run({a, g, k, noise_std, out, p.n_image, num_iters}, scratch, p, stream);
+                           float* scratch, const ChainParams& p, int64_t num_iters, bool recentre, cudaStream_t stream) {
+  return run({a, g, k, noise_std, out, p.n_image, num_iters, recentre}, scratch, p, stream);
 }
 
 }  // namespace fastem

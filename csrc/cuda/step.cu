@@ -47,12 +47,13 @@ __device__ int elements(int64_t left) { return left < 4 ? static_cast<int>(left)
 __global__ void predict_x0_kernel(const float* __restrict__ x, const float* __restrict__ eps, float* __restrict__ x0,
                                   float* __restrict__ mask, PredictParams p, int64_t n, bool vector) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * 4;
+  const PredictFactors f(p);
   for (int64_t at = 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x); at < n; at += stride) {
     const int count = elements(n - at);
     const Quad a = load4(x, at, count, vector), b = load4(eps, at, count, vector);
     Quad image, inside;
     for (int j = 0; j < 4; ++j) {
-      predict_x0_element(a.v[j], b.v[j], p.s_hi, p.s_lo, p.inv_a, &image.v[j], &inside.v[j]);
+      predict_x0_element(a.v[j], b.v[j], f.s_hi, f.s_lo, f.inv_a, &image.v[j], &inside.v[j]);
     }
     store4(x0, at, count, vector, image);
     store4(mask, at, count, vector, inside);
@@ -68,6 +69,8 @@ __global__ void step_update_kernel(const float* __restrict__ x, const float* __r
                                    const float* __restrict__ guidance, float* __restrict__ out, StepParams p,
                                    NoiseParams np, bool vector) {
   const int64_t length = np.n_element, blocks = (length + 3) / 4, stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  const StepFactors f(p);
+  const uint32_t step = np.step_word();
   for (int64_t row = blockIdx.y; row < np.n_image * np.n_particle; row += gridDim.y) {
     for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < blocks; block += stride) {
       const int64_t at = row * length + 4 * block;
@@ -77,12 +80,12 @@ __global__ void step_update_kernel(const float* __restrict__ x, const float* __r
       if constexpr (kNoise == Noise::kTensor) z = load4(noise, at, count, vector);
       if constexpr (kNoise == Noise::kPhilox) {
         philox_normal4(static_cast<uint64_t>(seeds[row / np.n_particle]), static_cast<uint32_t>(block),
-                       static_cast<uint32_t>(row % np.n_particle), np.step, np.stream, z.v);
+                       static_cast<uint32_t>(row % np.n_particle), step, np.stream, z.v);
       }
-      for (int j = 0; j < 4; ++j) result.v[j] = step_element(a.v[j], b.v[j], z.v[j], p.c0, p.ct, p.std);
+      for (int j = 0; j < 4; ++j) result.v[j] = step_element(a.v[j], b.v[j], z.v[j], f.c0, f.ct, f.std);
       if (guidance) {
         const Quad d = load4(guidance, at, count, vector);
-        for (int j = 0; j < 4; ++j) result.v[j] = fmadd(p.gain, d.v[j], result.v[j]);
+        for (int j = 0; j < 4; ++j) result.v[j] = fmadd(f.gain, d.v[j], result.v[j]);
       }
       store4(out, at, count, vector, result);
     }
@@ -96,7 +99,7 @@ __global__ void philox_normal_kernel(const int64_t* __restrict__ seeds, float* _
     for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < blocks; block += stride) {
       Quad z;
       philox_normal4(static_cast<uint64_t>(seeds[row / np.n_particle]), static_cast<uint32_t>(block),
-                     static_cast<uint32_t>(row % np.n_particle), np.step, np.stream, z.v);
+                     static_cast<uint32_t>(row % np.n_particle), np.step_word(), np.stream, z.v);
       store4(out, row * length + 4 * block, elements(length - 4 * block), vector, z);
     }
   }

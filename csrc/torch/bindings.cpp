@@ -92,7 +92,7 @@ Tensor project_simplex(const Tensor& z_) {
 Tensor simplex_least_squares(const Tensor& g_, const Tensor& b_, const Tensor& k_, int64_t num_iters) {
   const Tensor g = dense(g_), b = dense(b_), k = dense(k_);
   const PsfParams p = convolve_params(g, k);
-  check_same_shape(b, k, "b", "k");
+  check_like(b, k, "b", "k");
   Tensor result = at::empty_like(k);
   at::parallel_for(0, p.n_image, 1, [&](int64_t begin, int64_t end) {
     auto scratch = floats(simplex_least_squares_scratch(p.h, p.w));
@@ -144,10 +144,10 @@ Tensor denoise_chain(const Tensor& k_, const Tensor& noise_std_, at::TensorList 
 }
 
 Tensor hqs_chain(const Tensor& a_, const Tensor& g_, const Tensor& k_, const Tensor& noise_std_, at::TensorList weights,
-                 const OptionalTensors& biases, double scale, int64_t num_iters) {
+                 const OptionalTensors& biases, double scale, int64_t num_iters, bool recentred) {
   const Tensor a = dense(a_), g = dense(g_), k = dense(k_), noise_std = dense_images(noise_std_, k.size(0));
   const PsfParams shape = convolve_params(g, k);
-  check_same_shape(a, k, "a", "k");
+  check_like(a, k, "a", "k");
   const Chain chain(k, noise_std, weights, biases, scale);
   auto packed = floats(chain_packed_size(chain.params));
   chain_pack_cpu(chain.params, packed.data());
@@ -158,52 +158,47 @@ Tensor hqs_chain(const Tensor& a_, const Tensor& g_, const Tensor& k_, const Ten
                    hqs_chain_cpu(in(a) + image * n, in(g) + image * n_g, in(k) + image * n, in(noise_std)[image],
                                  out(result) + image * n, packed.data(), scratch, chain.params, num_iters, loop);
                  });
-  return result;
+  return recentred ? recentre(result) : result;
 }
 
-std::tuple<Tensor, Tensor> predict_x0(const Tensor& x_, const Tensor& eps_, double alpha_bar) {
-  const Tensor x = dense(x_), eps = dense(eps_);
-  check_same_shape(eps, x, "eps", "x_t");
-  const PredictParams p(alpha_bar);
-  Tensor x0 = at::empty_like(x), mask = at::empty_like(x);
-  at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    predict_x0_cpu(in(x), in(eps), out(x0), out(mask), p, begin, end);
+std::tuple<Tensor, Tensor> predict_x0(const Tensor& x, const Tensor& eps, double alpha_bar,
+                                      const OptionalTensor& alpha_bar_at) {
+  const Predict a(x, eps, alpha_bar, alpha_bar_at);
+  at::parallel_for(0, a.x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    predict_x0_cpu(in(a.x), in(a.eps), out(a.x0), out(a.mask), a.params, begin, end);
   });
-  return {x0, mask};
+  return {a.x0, a.mask};
 }
 
-Tensor step_update(const Tensor& x_, const Tensor& x0_, const OptionalTensor& noise_, const OptionalTensor& guidance_,
-                   double c0, double ct, double std, double gain) {
-  const Tensor x = dense(x_), x0 = dense(x0_);
-  check_same_shape(x0, x, "x0_hat", "x_t");
-  const Tensor noise = optional_term(noise_, std, x, "noise"), guidance = optional_term(guidance_, gain, x, "guidance");
-  const StepParams p = step_params(c0, ct, std, gain);
-  Tensor result = at::empty_like(x);
-  at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    step_update_cpu(in(x), in(x0), in_or_null(noise), in_or_null(guidance), out(result), p, begin, end);
+Tensor step_update(const Tensor& x, const Tensor& x0, const OptionalTensor& noise, const OptionalTensor& guidance,
+                   double c0, double ct, double std, double gain, const OptionalTensor& c0_at, const OptionalTensor& ct_at,
+                   const OptionalTensor& std_at, const OptionalTensor& gain_at) {
+  const Update a(x, x0, noise, guidance, c0, ct, std, gain, {c0_at, ct_at, std_at, gain_at});
+  at::parallel_for(0, a.x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    step_update_cpu(in(a.x), in(a.x0), in_or_null(a.noise), in_or_null(a.guidance), out(a.result), a.params, begin,
+                    end);
   });
-  return result;
+  return a.result;
 }
 
-Tensor step_update_philox(const Tensor& x_, const Tensor& x0_, const OptionalTensor& guidance_, const Tensor& seeds_,
-                          double c0, double ct, double std, double gain, int64_t step, int64_t stream) {
-  const Tensor x = dense(x_), x0 = dense(x0_), seeds = seeds_.contiguous();
-  check_same_shape(x0, x, "x0_hat", "x_t");
-  const Tensor guidance = optional_term(guidance_, gain, x, "guidance");
-  const NoiseParams noise = noise_params_like(seeds, x, step, stream);
-  const StepParams p = step_params(c0, ct, std, gain);
-  Tensor result = at::empty_like(x);
-  if (std == 0) {  // no noise to draw
-    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      step_update_cpu(in(x), in(x0), nullptr, in_or_null(guidance), out(result), p, begin, end);
+Tensor step_update_philox(const Tensor& x, const Tensor& x0, const OptionalTensor& guidance, const Tensor& seeds_,
+                          double c0, double ct, double std, double gain, int64_t step, int64_t stream,
+                          const OptionalTensor& c0_at, const OptionalTensor& ct_at, const OptionalTensor& std_at,
+                          const OptionalTensor& gain_at, const OptionalTensor& step_at) {
+  const Update a(x, x0, {}, guidance, c0, ct, std, gain, {c0_at, ct_at, std_at, gain_at});
+  const Tensor seeds = seeds_.contiguous();
+  const NoiseParams noise = noise_params_like(seeds, a.x, step, stream, step_at);
+  if (!a.noisy) {  // nothing to draw
+    at::parallel_for(0, a.x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      step_update_cpu(in(a.x), in(a.x0), nullptr, in_or_null(a.guidance), out(a.result), a.params, begin, end);
     });
-    return result;
+    return a.result;
   }
   at::parallel_for(0, noise_blocks(noise), kGrain / 16, [&](int64_t begin, int64_t end) {
-    step_update_philox_cpu(in(x), in(x0), seeds.const_data_ptr<int64_t>(), in_or_null(guidance), out(result), p, noise,
-                           begin, end);
+    step_update_philox_cpu(in(a.x), in(a.x0), seeds.const_data_ptr<int64_t>(), in_or_null(a.guidance), out(a.result),
+                           a.params, noise, begin, end);
   });
-  return result;
+  return a.result;
 }
 
 Tensor philox_normal(const Tensor& seeds_, int64_t n, at::IntArrayRef shape, int64_t step, int64_t stream) {
@@ -290,14 +285,15 @@ TORCH_LIBRARY(fastem, m) {
   m.def("denoise_chain(Tensor k, Tensor noise_std, Tensor[] weights, Tensor?[] biases, float scale) -> Tensor");
   m.def(
       "hqs_chain(Tensor a, Tensor g, Tensor k, Tensor noise_std, Tensor[] weights, Tensor?[] biases, float scale, "
-      "int num_iters) -> Tensor");
-  m.def("predict_x0(Tensor x_t, Tensor eps, float alpha_bar) -> (Tensor, Tensor)");
+      "int num_iters, bool recentred=False) -> Tensor");
+  m.def("predict_x0(Tensor x_t, Tensor eps, float alpha_bar, Tensor? alpha_bar_at=None) -> (Tensor, Tensor)");
   m.def(
       "step_update(Tensor x_t, Tensor x0_hat, Tensor? noise, Tensor? guidance, float c0, float ct, float std, "
-      "float gain) -> Tensor");
+      "float gain, Tensor? c0_at=None, Tensor? ct_at=None, Tensor? std_at=None, Tensor? gain_at=None) -> Tensor");
   m.def(
       "step_update_philox(Tensor x_t, Tensor x0_hat, Tensor? guidance, Tensor seeds, float c0, float ct, float std, "
-      "float gain, int step, int stream) -> Tensor");
+      "float gain, int step, int stream, Tensor? c0_at=None, Tensor? ct_at=None, Tensor? std_at=None, "
+      "Tensor? gain_at=None, Tensor? step_at=None) -> Tensor");
   m.def("philox_normal(Tensor seeds, int n, int[] shape, int step, int stream) -> Tensor");
   m.def(
       "group_norm_silu(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, "

@@ -5,7 +5,9 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -53,6 +55,11 @@ inline void check_same_shape(const Tensor& t, const Tensor& like, const char* na
 
 inline void check_device(const Tensor& t, const Tensor& like, const char* name) {
   TORCH_CHECK_VALUE(t.device() == like.device(), name, " is on ", t.device(), ", the other inputs on ", like.device());
+}
+
+inline void check_like(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
+  check_same_shape(t, like, name, like_name);
+  check_device(t, like, name);
 }
 
 inline SpectralParams spectral_params(const Tensor& X, const Tensor& Y) {
@@ -151,17 +158,53 @@ struct Chain {
   }
 };
 
-inline StepParams step_params(double c0, double ct, double std, double gain) {
-  return {static_cast<float>(c0), static_cast<float>(ct), static_cast<float>(std), static_cast<float>(gain)};
+// A number of the schedule: the value, or the tensor of one double that the kernel is to read on its device.
+inline Number number(double value, const OptionalTensor& on_device, const Tensor& like) {
+  if (!on_device) return value;
+  TORCH_CHECK_VALUE(on_device->numel() == 1 && on_device->scalar_type() == at::kDouble,
+                    "a number on the device must be one float64, got ", on_device->sizes(), " ",
+                    on_device->scalar_type());
+  check_device(*on_device, like, "a number");
+  return Number(on_device->const_data_ptr<double>());
 }
 
-// A term of the step that is absent where its factor is 0.
-inline Tensor optional_term(const OptionalTensor& t, double factor, const Tensor& like, const char* name) {
-  if (!t || factor == 0) return {};
-  check_same_shape(*t, like, name, "x_t");
-  check_device(*t, like, name);
-  return dense(*t);
-}
+// Arguments and results of predict_x0.
+struct Predict {
+  Tensor x, eps, x0, mask;
+  PredictParams params;
+
+  Predict(const Tensor& x_, const Tensor& eps_, double alpha_bar, const OptionalTensor& on_device)
+      : x(dense(x_)), eps(dense(eps_)), params{number(alpha_bar, on_device, x)} {
+    check_like(eps, x, "eps", "x_t");
+    x0 = at::empty_like(x);
+    mask = at::empty_like(x);
+  }
+};
+
+// Arguments and result of step_update. `at`: c0, ct, std and gain on the device, where given.
+struct Update {
+  Tensor x, x0, noise, guidance, result;
+  StepParams params;
+  bool noisy;  // as far as the host knows
+
+  Update(const Tensor& x_, const Tensor& x0_, const OptionalTensor& noise_, const OptionalTensor& guidance_, double c0,
+         double ct, double std, double gain, const std::array<OptionalTensor, 4>& at)
+      : x(dense(x_)),
+        x0(dense(x0_)),
+        params{number(c0, at[0], x), number(ct, at[1], x), number(std, at[2], x), number(gain, at[3], x)},
+        noisy(std != 0 || at[2]) {
+    check_like(x0, x, "x0_hat", "x_t");
+    if (noise_ && noisy) noise = term(*noise_, "noise");
+    if (guidance_ && (gain != 0 || at[3])) guidance = term(*guidance_, "guidance");
+    result = at::empty_like(x);
+  }
+
+ private:
+  Tensor term(const Tensor& t, const char* name) const {
+    check_like(t, x, name, "x_t");
+    return dense(t);
+  }
+};
 
 inline NoiseParams noise_params(const Tensor& seeds, int64_t n, at::IntArrayRef shape, int64_t step, int64_t stream) {
   TORCH_CHECK_VALUE(seeds.dim() == 1 && seeds.scalar_type() == at::kLong, "seeds must be (B,) int64, got ",
@@ -171,11 +214,20 @@ inline NoiseParams noise_params(const Tensor& seeds, int64_t n, at::IntArrayRef 
   return {seeds.size(0), n, count, static_cast<uint32_t>(step), static_cast<uint32_t>(stream)};
 }
 
-inline NoiseParams noise_params_like(const Tensor& seeds, const Tensor& x, int64_t step, int64_t stream) {
+inline NoiseParams noise_params_like(const Tensor& seeds, const Tensor& x, int64_t step, int64_t stream,
+                                     const OptionalTensor& step_on_device) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && seeds.dim() == 1 && x.size(0) == seeds.size(0),
                     "x_t must be (B, n, ...) and seeds (B,), got ", x.sizes(), " and ", seeds.sizes());
   check_device(seeds, x, "seeds");
-  return noise_params(seeds, x.size(1), x.sizes().slice(2), step, stream);
+  NoiseParams p = noise_params(seeds, x.size(1), x.sizes().slice(2), step, stream);
+  if (step_on_device) {
+    TORCH_CHECK_VALUE(step_on_device->numel() == 1 && step_on_device->scalar_type() == at::kLong,
+                      "a step on the device must be one int64, got ", step_on_device->sizes(), " ",
+                      step_on_device->scalar_type());
+    check_device(*step_on_device, x, "the step");
+    p.step_at = step_on_device->const_data_ptr<int64_t>();
+  }
+  return p;
 }
 
 inline int64_t noise_blocks(const NoiseParams& p) { return p.n_image * p.n_particle * p.blocks(); }

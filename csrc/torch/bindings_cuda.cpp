@@ -22,11 +22,6 @@ struct OnDevice {
 
 Tensor workspace(int64_t floats, const Tensor& like) { return at::empty({floats}, like.options().dtype(at::kFloat)); }
 
-void check_like(const Tensor& t, const Tensor& like, const char* name, const char* like_name) {
-  check_same_shape(t, like, name, like_name);
-  check_device(t, like, name);
-}
-
 std::tuple<Tensor, Tensor> spectral_sums(const Tensor& X_, const Tensor& Y_, bool per_channel) {
   const OnDevice on(X_);
   const Tensor X = dense(X_), Y = dense(Y_);
@@ -117,7 +112,7 @@ Tensor denoise_chain(const Tensor& k_, const Tensor& noise_std_, at::TensorList 
 }
 
 Tensor hqs_chain(const Tensor& a_, const Tensor& g_, const Tensor& k_, const Tensor& noise_std_, at::TensorList weights,
-                 const OptionalTensors& biases, double scale, int64_t num_iters) {
+                 const OptionalTensors& biases, double scale, int64_t num_iters, bool recentred) {
   const OnDevice on(k_);
   const Tensor a = dense(a_), g = dense(g_), k = dense(k_), noise_std = dense_images(noise_std_, k.size(0));
   convolve_params(g, k);
@@ -126,47 +121,44 @@ Tensor hqs_chain(const Tensor& a_, const Tensor& g_, const Tensor& k_, const Ten
   Tensor result = at::empty_like(k);
   const Tensor scratch = workspace(chain_cuda_scratch(chain.params), k);
   C10_CUDA_CHECK(hqs_chain_cuda(in(a), in(g), in(k), in(noise_std), out(result), out(scratch), chain.params, num_iters,
-                                on.stream));
+                                recentred, on.stream));
   return result;
 }
 
-std::tuple<Tensor, Tensor> predict_x0(const Tensor& x_, const Tensor& eps_, double alpha_bar) {
-  const OnDevice on(x_);
-  const Tensor x = dense(x_), eps = dense(eps_);
-  check_like(eps, x, "eps", "x_t");
-  Tensor x0 = at::empty_like(x), mask = at::empty_like(x);
-  C10_CUDA_CHECK(predict_x0_cuda(in(x), in(eps), out(x0), out(mask), PredictParams(alpha_bar), x.numel(), on.stream));
-  return {x0, mask};
+std::tuple<Tensor, Tensor> predict_x0(const Tensor& x, const Tensor& eps, double alpha_bar,
+                                      const OptionalTensor& alpha_bar_at) {
+  const OnDevice on(x);
+  const Predict a(x, eps, alpha_bar, alpha_bar_at);
+  C10_CUDA_CHECK(predict_x0_cuda(in(a.x), in(a.eps), out(a.x0), out(a.mask), a.params, a.x.numel(), on.stream));
+  return {a.x0, a.mask};
 }
 
-Tensor step_update(const Tensor& x_, const Tensor& x0_, const OptionalTensor& noise_, const OptionalTensor& guidance_,
-                   double c0, double ct, double std, double gain) {
-  const OnDevice on(x_);
-  const Tensor x = dense(x_), x0 = dense(x0_);
-  check_like(x0, x, "x0_hat", "x_t");
-  const Tensor noise = optional_term(noise_, std, x, "noise"), guidance = optional_term(guidance_, gain, x, "guidance");
-  Tensor result = at::empty_like(x);
-  C10_CUDA_CHECK(step_update_cuda(in(x), in(x0), in_or_null(noise), in_or_null(guidance), out(result),
-                                  step_params(c0, ct, std, gain), x.numel(), on.stream));
-  return result;
+Tensor step_update(const Tensor& x, const Tensor& x0, const OptionalTensor& noise, const OptionalTensor& guidance,
+                   double c0, double ct, double std, double gain, const OptionalTensor& c0_at, const OptionalTensor& ct_at,
+                   const OptionalTensor& std_at, const OptionalTensor& gain_at) {
+  const OnDevice on(x);
+  const Update a(x, x0, noise, guidance, c0, ct, std, gain, {c0_at, ct_at, std_at, gain_at});
+  C10_CUDA_CHECK(step_update_cuda(in(a.x), in(a.x0), in_or_null(a.noise), in_or_null(a.guidance), out(a.result),
+                                  a.params, a.x.numel(), on.stream));
+  return a.result;
 }
 
-Tensor step_update_philox(const Tensor& x_, const Tensor& x0_, const OptionalTensor& guidance_, const Tensor& seeds_,
-                          double c0, double ct, double std, double gain, int64_t step, int64_t stream) {
-  const OnDevice on(x_);
-  const Tensor x = dense(x_), x0 = dense(x0_), seeds = seeds_.contiguous();
-  check_like(x0, x, "x0_hat", "x_t");
-  const Tensor guidance = optional_term(guidance_, gain, x, "guidance");
-  const NoiseParams noise = noise_params_like(seeds, x, step, stream);
-  const StepParams p = step_params(c0, ct, std, gain);
-  Tensor result = at::empty_like(x);
-  if (std == 0) {  // no noise to draw
-    C10_CUDA_CHECK(step_update_cuda(in(x), in(x0), nullptr, in_or_null(guidance), out(result), p, x.numel(), on.stream));
+Tensor step_update_philox(const Tensor& x, const Tensor& x0, const OptionalTensor& guidance, const Tensor& seeds_,
+                          double c0, double ct, double std, double gain, int64_t step, int64_t stream,
+                          const OptionalTensor& c0_at, const OptionalTensor& ct_at, const OptionalTensor& std_at,
+                          const OptionalTensor& gain_at, const OptionalTensor& step_at) {
+  const OnDevice on(x);
+  const Update a(x, x0, {}, guidance, c0, ct, std, gain, {c0_at, ct_at, std_at, gain_at});
+  const Tensor seeds = seeds_.contiguous();
+  const NoiseParams noise = noise_params_like(seeds, a.x, step, stream, step_at);
+  if (a.noisy) {
+    C10_CUDA_CHECK(step_update_philox_cuda(in(a.x), in(a.x0), seeds.const_data_ptr<int64_t>(), in_or_null(a.guidance),
+                                           out(a.result), a.params, noise, on.stream));
   } else {
-    C10_CUDA_CHECK(step_update_philox_cuda(in(x), in(x0), seeds.const_data_ptr<int64_t>(), in_or_null(guidance),
-                                           out(result), p, noise, on.stream));
+    C10_CUDA_CHECK(step_update_cuda(in(a.x), in(a.x0), nullptr, in_or_null(a.guidance), out(a.result), a.params,
+                                    a.x.numel(), on.stream));
   }
-  return result;
+  return a.result;
 }
 
 Tensor philox_normal(const Tensor& seeds_, int64_t n, at::IntArrayRef shape, int64_t step, int64_t stream) {

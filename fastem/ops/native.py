@@ -62,7 +62,7 @@ def _philox_normal(seeds: Tensor, n: int, shape: list[int], step: int, stream: i
     return seeds.new_empty((seeds.shape[0], n, *shape), dtype=torch.float32)
 
 
-def _predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+def _predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float, on_device: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return _dense(x_t), _dense(x_t)
 
 

@@ -120,6 +120,7 @@ def denoise_chain(
 def hqs_chain(
     a: Tensor, g: Tensor, k: Tensor, noise_std: Tensor,
     weights: Sequence[Tensor], biases: Sequence[Tensor | None], scale: float, num_iters: int,
+    *, recentred: bool = False,
 ) -> Tensor:  # fmt: skip
     """The whole M-step loop with a denoiser chain as prior: Eq. (24) and (25), `num_iters` times.
 
@@ -130,9 +131,11 @@ def hqs_chain(
         noise_std: `(B,)`, sqrt(lambda / beta).
         weights, biases, scale: as in `denoise_chain`.
         num_iters: HQS iterations, >= 0; the paper uses 10.
+        recentred: `recentre` the result, in the same launch on a GPU.
 
     Returns:
-        `(B, 1, h, w)`, non-negative, sums to 1. The kernel of an image does not depend on the rest of the batch.
+        `(B, 1, h, w)`, non-negative, sums to 1 (before it is recentred). The kernel of an image does not depend on the
+        rest of the batch.
 
     Raises:
         ValueError: if the shapes disagree.
@@ -141,7 +144,7 @@ def hqs_chain(
     _check_like(a, k, "a")
     _check_chain(k, noise_std, weights, biases)
     _check_num_iters(num_iters)
-    return run("hqs_chain", a, g, k, noise_std, list(weights), list(biases), scale, num_iters)
+    return run("hqs_chain", a, g, k, noise_std, list(weights), list(biases), scale, num_iters, recentred)
 
 
 def recentre(k: Tensor) -> Tensor:

@@ -118,16 +118,17 @@ def denoise_chain(
 
 def hqs_chain(
     a: Tensor, g: Tensor, k: Tensor, noise_std: Tensor,
-    weights: list[Tensor], biases: list[Tensor | None], scale: float, num_iters: int,
+    weights: list[Tensor], biases: list[Tensor | None], scale: float, num_iters: int, recentred: bool = False,
 ) -> Tensor:  # fmt: skip
     """The whole M-step loop with a denoiser chain as prior: Eq. (24) and (25), `num_iters` times.
 
-    a, k `(B, 1, h, w)`, g `(B, 1, 2h-1, 2w-1)`, noise_std `(B,)`; the chain as in `denoise_chain`.
+    a, k `(B, 1, h, w)`, g `(B, 1, 2h-1, 2w-1)`, noise_std `(B,)`; the chain as in `denoise_chain`. With `recentred` the
+    result goes through `recentre`.
     """
     for _ in range(num_iters):
         z = project_kernel(a + convolve_support(g, k))  # Eq. (24)
         k = project_kernel(denoise_chain(z, noise_std, weights, biases, scale))  # Eq. (25)
-    return k
+    return recentre(k) if recentred else k
 
 
 def centre_of_mass(k: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ def philox4x32(key: Tensor, counter: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int, stream: int) -> Tensor:
+def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int | Tensor, stream: int) -> Tensor:
     """Standard normal noise `(B, n, *shape)` float32 from counters: seeds `(B,)` int64, one per image.
 
     Element e of particle i at `step` comes from the block e // 4 of counter (e // 4, i, step, stream) under the key
@@ -261,7 +262,8 @@ def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int, stre
     device = seeds.device
     block = torch.arange(blocks, device=device).expand(batch, n, blocks)
     particle = torch.arange(n, device=device)[:, None].expand(batch, n, blocks)
-    counter = torch.stack([block, particle, torch.full_like(block, step), torch.full_like(block, stream)], dim=-1)
+    step = step.expand_as(block) if isinstance(step, Tensor) else torch.full_like(block, step)
+    counter = torch.stack([block, particle, step, torch.full_like(block, stream)], dim=-1)
     key = torch.stack([seeds & _MASK32, (seeds >> 32) & _MASK32], dim=-1)[:, None, None].expand(batch, n, blocks, 2)
     words = philox4x32(key, counter)
     u = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23  # in (0, 1), exact in float32

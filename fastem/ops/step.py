@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastem.ops import reference
-from fastem.ops.backend import Backend, run, select
+from fastem.ops.backend import Backend, current_backend, run, select
 
 
 def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +25,9 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> tuple[Ten
         ValueError: if the shapes disagree or alpha_bar is out of range.
     """
     _check_like(eps, x_t, "eps")
-    if isinstance(alpha_bar, Tensor):  # the kernels take numbers
+    if isinstance(alpha_bar, Tensor):
+        if _runs_native("predict_x0", x_t, eps):
+            return torch.ops.fastem.predict_x0(x_t, eps, 0.0, alpha_bar.double())
         return reference.predict_x0(x_t, eps, alpha_bar)
     if not 0 < alpha_bar <= 1:
         raise ValueError(f"alpha_bar must be in (0, 1], got {alpha_bar}")
@@ -51,27 +55,32 @@ def step_update(
         ValueError: if the shapes disagree, or noise is missing.
     """
     _check_like(x0_hat, x_t, "x0_hat")
-    on_device = any(isinstance(c, Tensor) for c in (c0, ct, std, gain))
+    numbers = (c0, ct, std, gain)
+    on_device = any(isinstance(c, Tensor) for c in numbers)
     if noise is None and (on_device or std):
         raise ValueError(f"a step of std {'on the device' if on_device else std} needs noise")
     for name, t in (("noise", noise), ("guidance", guidance)):
         if t is not None:
             _check_like(t, x_t, name)
-    if on_device:  # the kernels take numbers
-        return reference.step_update(x_t, x0_hat, noise, guidance, c0, ct, std, gain)
-    return run("step_update", x_t, x0_hat, noise, guidance, float(c0), float(ct), float(std), float(gain))
+    if on_device:
+        if _runs_native("step_update", x_t, x0_hat, noise, guidance):
+            return torch.ops.fastem.step_update(x_t, x0_hat, noise, guidance, 0, 0, 0, 0, *_doubles(numbers, x_t))
+        return reference.step_update(x_t, x0_hat, noise, guidance, *numbers)
+    return run("step_update", x_t, x0_hat, noise, guidance, *map(float, numbers))
 
 
 def step_update_philox(
     x_t: Tensor, x0_hat: Tensor, guidance: Tensor | None, seeds: Tensor,
-    c0: float, ct: float, std: float, gain: float, step: int, stream: int,
+    c0: float | Tensor, ct: float | Tensor, std: float | Tensor, gain: float | Tensor, step: int | Tensor, stream: int,
 ) -> Tensor:  # fmt: skip
     """`step_update` with `philox_normal` noise drawn in the kernel: nothing is stored in between.
 
     Args:
         x_t: `(B, n, ...)` in network range; x0_hat (in [0, 1]) and guidance have the same shape.
         seeds: `(B,)` int64, one per image.
-        step, stream: words of the counter, see `philox_normal`.
+        c0, ct, std, gain: as there; 0-dim tensors are read on their device.
+        step, stream: words of the counter, see `philox_normal`; the step may be a 0-dim int64 tensor, which the kernel
+            reads on its device.
     """
     _check_like(x0_hat, x_t, "x0_hat")
     if guidance is not None:
@@ -79,13 +88,19 @@ def step_update_philox(
     _check_seeds(seeds)
     if x_t.dim() < 2 or x_t.shape[0] != seeds.shape[0]:
         raise ValueError(f"x_t must be (B, n, ...) for seeds (B,), got {tuple(x_t.shape)} and {tuple(seeds.shape)}")
-    _check_words(step, stream)
-    tensors = [t for t in (x_t, x0_hat, guidance, seeds) if t is not None]
-    if select("step_update_philox", tensors) is Backend.REFERENCE:
+    numbers, counter = (c0, ct, std, gain), step if isinstance(step, Tensor) else None
+    _check_words(0 if counter is not None else step, stream)
+    on_device = counter is not None or any(isinstance(c, Tensor) for c in numbers)
+    if on_device and _runs_native("step_update_philox", x_t, x0_hat, guidance, seeds):
+        word = 0 if counter is not None else step
+        numbers = _doubles(numbers, x_t)
+        return torch.ops.fastem.step_update_philox(
+            x_t, x0_hat, guidance, seeds, 0, 0, 0, 0, word, stream, *numbers, counter
+        )
+    if on_device or _select("step_update_philox", x_t, x0_hat, guidance, seeds) is Backend.REFERENCE:
         noise = reference.philox_normal(seeds, x_t.shape[1], tuple(x_t.shape[2:]), step, stream).to(x_t.dtype)
-        return reference.step_update(x_t, x0_hat, noise, guidance, c0, ct, std, gain)
-    coefficients = (float(c0), float(ct), float(std), float(gain))
-    return run("step_update_philox", x_t, x0_hat, guidance, seeds, *coefficients, step, stream)
+        return reference.step_update(x_t, x0_hat, noise, guidance, *numbers)
+    return run("step_update_philox", x_t, x0_hat, guidance, seeds, *map(float, numbers), step, stream)
 
 
 def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int, stream: int) -> Tensor:
@@ -107,6 +122,22 @@ def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int, stre
         raise ValueError(f"n and shape must not be negative, got {n} and {tuple(shape)}")
     _check_words(step, stream)
     return run("philox_normal", seeds, n, tuple(shape), step, stream)
+
+
+def _select(op: str, *tensors: Tensor | None) -> Backend:
+    return select(op, [t for t in tensors if t is not None])
+
+
+def _runs_native(op: str, *tensors: Tensor | None) -> bool:
+    """Whether the kernels that read their numbers on the device are to run; the Triton twins take floats alone."""
+    given = [t for t in tensors if t is not None]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return not recorded and current_backend() is not Backend.TRITON and select(op, given) is Backend.NATIVE
+
+
+def _doubles(numbers: Sequence[float | Tensor], like: Tensor) -> list[Tensor]:
+    """Each as a tensor of one float64 on the device of `like`: those that are so already are not copied."""
+    return [torch.as_tensor(n, dtype=torch.float64, device=like.device) for n in numbers]
 
 
 def _check_like(t: Tensor, x_t: Tensor, name: str) -> None:

@@ -386,7 +386,7 @@ void test_step(int64_t n) {
     }
     Guarded<float> x0(n), mask(n);
     in_pieces(n, [&](int64_t begin, int64_t end) {
-      predict_x0_cpu(x.data(), eps.data(), x0.data(), mask.data(), PredictParams(alpha_bar), begin, end);
+      predict_x0_cpu(x.data(), eps.data(), x0.data(), mask.data(), PredictParams{alpha_bar}, begin, end);
     });
     compare(x0, expected, named("predict_x0", n));
     compare(mask, expected_mask, named("predict_x0 mask", n));

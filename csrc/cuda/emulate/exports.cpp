@@ -17,6 +17,11 @@ ChainParams chain_params(int64_t n, int64_t h, int64_t w, const float* const* we
   return p;
 }
 
+StepParams step_params(float c0, float ct, float std, float gain, const double* numbers) {
+  if (!numbers) return {c0, ct, std, gain};
+  return {Number(numbers), Number(numbers + 1), Number(numbers + 2), Number(numbers + 3)};
+}
+
 }  // namespace
 
 extern "C" {
@@ -33,20 +38,22 @@ int spectral_sums(const cfloat* X, const cfloat* Y, cfloat* Sxy, float* Sxx, int
   return spectral_sums_cuda(X, Y, Sxy, Sxx, {n_image, n_particle, n_chan, n_freq}, per_channel != 0, nullptr);
 }
 
-int predict_x0(const float* x, const float* eps, float* x0, float* mask, double alpha_bar, int64_t n) {
-  return predict_x0_cuda(x, eps, x0, mask, PredictParams(alpha_bar), n, nullptr);
+// `numbers` not null: read by the kernel instead of the values; `row` likewise, for the step.
+int predict_x0(const float* x, const float* eps, float* x0, float* mask, double alpha_bar, const double* numbers,
+               int64_t n) {
+  return predict_x0_cuda(x, eps, x0, mask, {numbers ? Number(numbers) : Number(alpha_bar)}, n, nullptr);
 }
 
 int step_update(const float* x, const float* x0, const float* noise, const float* guidance, float* out, float c0,
-                float ct, float std, float gain, int64_t n) {
-  return step_update_cuda(x, x0, noise, guidance, out, {c0, ct, std, gain}, n, nullptr);
+                float ct, float std, float gain, const double* numbers, int64_t n) {
+  return step_update_cuda(x, x0, noise, guidance, out, step_params(c0, ct, std, gain, numbers), n, nullptr);
 }
 
 int step_update_philox(const float* x, const float* x0, const int64_t* seeds, const float* guidance, float* out,
-                       float c0, float ct, float std, float gain, int64_t n_image, int64_t n_particle, int64_t count,
-                       uint32_t step, uint32_t stream) {
-  return step_update_philox_cuda(x, x0, seeds, guidance, out, {c0, ct, std, gain},
-                                 {n_image, n_particle, count, step, stream}, nullptr);
+                       float c0, float ct, float std, float gain, const double* numbers, const int64_t* row,
+                       int64_t n_image, int64_t n_particle, int64_t count, uint32_t step, uint32_t stream) {
+  return step_update_philox_cuda(x, x0, seeds, guidance, out, step_params(c0, ct, std, gain, numbers),
+                                 {n_image, n_particle, count, step, stream, row}, nullptr);
 }
 
 int philox_normal(const int64_t* seeds, float* out, int64_t n_image, int64_t n_particle, int64_t count, uint32_t step,
@@ -115,9 +122,9 @@ int64_t chain_scratch_floats(int64_t n, int64_t h, int64_t w, const int64_t* wid
 // g null: the chain alone.
 int hqs_chain(const float* a, const float* g, const float* k, const float* noise_std, float* out, float* scratch,
               int64_t n, int64_t h, int64_t w, const float* const* weights, const float* const* biases,
-              const int64_t* widths, int64_t n_layer, float scale, int64_t num_iters) {
+              const int64_t* widths, int64_t n_layer, float scale, int64_t num_iters, int recentred) {
   const ChainParams p = chain_params(n, h, w, weights, biases, widths, n_layer, scale);
-  return g ? hqs_chain_cuda(a, g, k, noise_std, out, scratch, p, num_iters, nullptr)
+  return g ? hqs_chain_cuda(a, g, k, noise_std, out, scratch, p, num_iters, recentred != 0, nullptr)
            : denoise_chain_cuda(k, noise_std, out, scratch, p, nullptr);
 }
 

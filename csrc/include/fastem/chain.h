@@ -49,12 +49,13 @@ void hqs_chain_cpu(const float* a, const float* g, const float* k, float noise_s
 #ifdef FASTEM_CUDA
 // All images, asynchronously on `stream`: a, k, out (image, h, w), g (image, 2 h - 1, 2 w - 1), noise_std (image). The
 // pointers of `p.layers` are on the device, `p` itself on the host. Allocates nothing; `scratch` holds
-// chain_cuda_scratch floats (16-byte aligned, may be 0); returns the launch status.
+// chain_cuda_scratch floats (16-byte aligned, may be 0); returns the launch status. With `recentre` the same launch moves
+// the last k as recentre_cuda does.
 int64_t chain_cuda_scratch(const ChainParams& p);
 cudaError_t denoise_chain_cuda(const float* k, const float* noise_std, float* out, float* scratch, const ChainParams& p,
                                cudaStream_t stream);
 cudaError_t hqs_chain_cuda(const float* a, const float* g, const float* k, const float* noise_std, float* out,
-                           float* scratch, const ChainParams& p, int64_t num_iters, cudaStream_t stream);
+                           float* scratch, const ChainParams& p, int64_t num_iters, bool recentre, cudaStream_t stream);
 #endif
 
 }  // namespace fastem

@@ -9,6 +9,8 @@ namespace fastem {
 struct NoiseParams {
   int64_t n_image, n_particle, n_element;  // elements per particle
   uint32_t step, stream;
+  const int64_t* step_at = nullptr;  // read when the kernel runs, where the kernel runs, instead of `step`
+  FASTEM_HD uint32_t step_word() const { return step_at ? static_cast<uint32_t>(*step_at) : step; }
   int64_t blocks() const { return (n_element + 3) / 4; }  // counters per particle, 4 elements each
 };
 

@@ -6,21 +6,48 @@
 
 namespace fastem {
 
-// Coefficients of Eq. (12); `s` = sqrt(1 - alpha_bar) as a sum of two floats, see predict_x0_element.
+// A number of the schedule: `value`, or what is at `at` when the kernel runs, where the kernel runs. A launch that is
+// recorded once and replayed (a CUDA graph) so reads the numbers of the step that it is replayed for.
+struct Number {
+  double value;
+  const double* at;
+  Number(double number) : value(number), at(nullptr) {}
+  explicit Number(const double* place) : value(0), at(place) {}
+  FASTEM_HD double get() const { return at ? *at : value; }
+};
+
 struct PredictParams {
-  float s_hi, s_lo, inv_a;
-  explicit PredictParams(double alpha_bar) {
-    const double s = std::sqrt(1 - alpha_bar);
-    s_hi = static_cast<float>(s);
-    s_lo = static_cast<float>(s - s_hi);
-    inv_a = static_cast<float>(1 / std::sqrt(alpha_bar));
-  }
+  Number alpha_bar;
 };
 
 // x_{t-1} = c0 (2 x0 - 1) + ct x_t + std noise + gain guidance, Eq. (15).
 struct StepParams {
-  float c0, ct, std, gain;
+  Number c0, ct, std, gain;
 };
+
+inline namespace FASTEM_ISA {
+
+// Coefficients of Eq. (12); `s` = sqrt(1 - alpha_bar) as a sum of two floats, see predict_x0_element.
+struct PredictFactors {
+  float s_hi, s_lo, inv_a;
+  FASTEM_HD explicit PredictFactors(const PredictParams& p) {
+    const double alpha_bar = p.alpha_bar.get(), s = sqrt(1 - alpha_bar);
+    s_hi = static_cast<float>(s);
+    s_lo = static_cast<float>(s - s_hi);
+    inv_a = static_cast<float>(1 / sqrt(alpha_bar));
+  }
+};
+
+struct StepFactors {
+  float c0, ct, std, gain;
+  FASTEM_HD explicit StepFactors(const StepParams& p)
+      : c0(static_cast<float>(p.c0.get())),
+        ct(static_cast<float>(p.ct.get())),
+        std(static_cast<float>(p.std.get())),
+        gain(static_cast<float>(p.gain.get())) {}
+};
+
+}  // namespace FASTEM_ISA
 
 // Elements [begin, end). x0 in [0, 1], mask 1 where the clamp let x0 through, else 0.
 void predict_x0_cpu(const float* x, const float* eps, float* x0, float* mask, const PredictParams& p, int64_t begin,
