@@ -25,6 +25,7 @@ from fastem.operators import Canvas, Observation, blur
 from fastem.ops.backend import Backend, use_backend
 from fastem.samplers import DDPM, Eager, KernelEstimator, PhiloxNoise, Renoise, Rule, Sample, sample
 from fastem.schedules import Schedule
+from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit_kernels
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
@@ -39,6 +40,7 @@ CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the
 SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens edges
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
+VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
 GAMMAS = (1.0, 2.2)  # that "auto" tries
 STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))
 
@@ -71,6 +73,7 @@ class Restoration:
     reblur: float  # chi^2 = ||k * x - y||^2 / (M sigma^2): about 1 where the model explains the image
     trace: list[dict] = field(default_factory=list)  # one record per step
     warnings: list[str] = field(default_factory=list)
+    kernels: np.ndarray | None = None  # (rows, cols, h, w) float32 where the blur varies; `kernel` is that of the whole
 
     def mean(self) -> np.ndarray:
         """`(H, W, C)`: mean of the particles (PSNR-SA is measured on it)."""
@@ -128,10 +131,11 @@ class _Job:
     canvas: Canvas | None  # None where it waits for the size of the kernel
     notes: list[str]
     settled: Restoration | None  # where there is nothing to do
+    alone: bool = False  # restored in a batch of its own
 
     @property
     def kind(self) -> tuple:
-        alone = id(self) if self.canvas is None else None  # kernels of different sizes share no batch
+        alone = id(self) if self.canvas is None or self.alone else None  # kernels of different sizes share no batch
         return self.canvas, self.settled is not None, alone
 
 
@@ -204,6 +208,8 @@ class Deblurrer:
         gamma: the blur happens in light, the photo stores about its `1 / gamma`-th power: 1 takes the pixels as light,
             2.2 is usual for cameras, `"auto"` tries both and keeps the one that explains the photo better.
         saturation: pixels of this brightness in [0, 1] and more are clipped and count as not measured; None: none are.
+        varying: look for a blur that changes over the image, after the one for the whole of it, and keep it if it
+            explains the image clearly better. Slower by two more runs.
         kernel_prior: the kernel denoiser of the HQS M-step, a bundled name, file or module.
         lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
         boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
@@ -220,8 +226,9 @@ class Deblurrer:
         self, prior: Any = "natural", *, method: str = "fast-em", guidance: str | None = None, steps: int | None = None,
         particles: int = 1, kernel_size: int | tuple[int, int] | str = 33, compat: str = "paper",
         kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False, guard: bool = True,
-        gamma: float | str = 1.0, saturation: float | None = None, lam: float | None = None, boundary: str = "auto",
-        tile: int | None = None, device: str = "auto", backend: str = "auto",
+        gamma: float | str = 1.0, saturation: float | None = None, varying: bool = False,
+        lam: float | None = None, boundary: str = "auto", tile: int | None = None, device: str = "auto",
+        backend: str = "auto",
     ) -> None:  # fmt: skip
         self.method = _choice("method", method, Method)
         self.compat = _choice("compat", compat, ("paper", "released"))
@@ -244,6 +251,12 @@ class Deblurrer:
         plain = self.gammas == (1.0,) and saturation is None and self.kernel_size is not None
         if not plain and (self.m_step == "hqs" or self.method is Method.DIFFUSION_EM):
             raise ValueError("gamma, saturation and kernel_size 'auto' need method 'fast-em' with the M-step 'edges'")
+        uniform = self.gammas != (1.0,) or saturation is not None or self.guidance is not Guide.MEAN
+        if varying and (uniform or self.m_step == "hqs" or self.method is not Method.FAST_EM):
+            raise ValueError(
+                "varying needs method 'fast-em', guidance 'mean' and the M-step 'edges', without gamma and saturation"
+            )
+        self.varying = varying
         self.lam = (0.2 if max(self.kernel_size or (0,)) >= 48 else 1.0) if lam is None else lam
         self.tile, self.backend = tile, _choice("backend", backend, Backend)
         self.device = runtime.resolve_device(device)
@@ -265,6 +278,7 @@ class Deblurrer:
             "kernel_size": "auto" if self.kernel_size is None else list(self.kernel_size), "compat": self.compat,
             "m_step": self.m_step, "r2_term": self.r2_term, "guard": self.guard,
             "gamma": self.gammas[0] if len(self.gammas) == 1 else "auto", "saturation": self.saturation,
+            "varying": self.varying,
             "lam": self.lam, "boundary": self.boundary,
             "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
         }  # fmt: skip
@@ -372,7 +386,7 @@ class Deblurrer:
             settled = self._nothing_to_see(picture, used, estimated)
         ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
         canvas = None if ksize is None else self._canvas(picture.y, ksize)
-        return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled)
+        return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled, self.varying)
 
     def _restore_jobs(
         self, jobs: Sequence[_Job], *, on_step: Any = None, tile: int | None = None
@@ -400,16 +414,56 @@ class Deblurrer:
         drawn, canvas, trace = self.restore(
             y, sigma, seeds, kernel=first.kernel, gamma=gamma, on_step=on_step, canvas=first.canvas, tile=tile
         )
+        residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
+        kernels = None
+        if self.varying and first.kernel is None and float(drawn.kernel.max()) < 1:
+            varied, blurs = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
+            left = canvas.crop(blurs(varied.images.mean(dim=1))) - y
+            if float(left.square().mean()) < VARYING_GAIN * float(residual.square().mean()):
+                drawn, residual, kernels = varied, left, blurs.on_grid()
+        restored = self._restorations(jobs, drawn, canvas, residual, trace)
+        if kernels is not None and isinstance(restored[0], Restoration):
+            restored[0].kernels = kernels.cpu().numpy()
+        return restored
+
+    def _restorations(
+        self, jobs: Sequence[_Job], drawn: Sample, canvas: Canvas, residual: Tensor, trace: list[dict]
+    ) -> list[Restoration | Exception]:
         samples = canvas.crop(drawn.images)
         kernels = drawn.kernel.clamp(min=0)
         kernels = kernels / kernels.sum((-2, -1), keepdim=True)
         finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
-        residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
         on_host = (t.cpu() for t in (samples, kernels, finite, residual))
         return [
             self._restoration(job, x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
             for job, x, k, ok, e in zip(jobs, *on_host, strict=True)
         ]
+
+    def _vary(
+        self, y: Tensor, sigma: Tensor, seeds: Tensor, k: Tensor, canvas: Canvas, tile: int | None
+    ) -> tuple[Sample, VaryingBlur]:
+        """One image `(1, C, H, W)` with a kernel per window, from its kernel as a whole: EM in two rounds."""
+        observation = self._observe(y, sigma, canvas, 1.0)
+        model = runtime.fit_to_size(self.model, observation.size, tile or self.tile)
+        schedule, rule = self._schedule()
+        noise = PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), 0)
+        first = schedule.step(len(schedule) - 1)
+        a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
+        x_start = a * (2 * observation.y[:, None] - 1) + s * noise.start()
+        windows = Windows.over(observation.size, tuple(k.shape[-2:]))
+
+        def draw(blurs: VaryingBlur) -> Sample:
+            guidance = VaryingMean(blurs, INFLATION)
+            drawn = sample(model, observation, Known(k), guidance, schedule, noise=noise, rule=rule, x_start=x_start)
+            return Sample(drawn.x, k, drawn.trace)
+
+        with use_backend(self.backend):
+            denoised = denoise_observation(model, observation)
+            kernels = first_kernels(denoised, k, windows, observation.canvas, STARTS[0])
+            drawn = draw(VaryingBlur(windows, kernels))
+            x = (drawn.x.mean(dim=1) + 1) / 2
+            blurs = VaryingBlur(windows, fit_kernels(x, denoised, kernels, windows, observation.canvas))
+            return draw(blurs), blurs
 
     def _restoration(self, job: _Job, samples: Tensor, k: Tensor, e: Tensor, trace: list[dict]) -> Restoration:
         """Samples `(n, C, H, W)`, kernel `(h, w)` and residual `(C, H, W)` on the host, in the form of the input."""
@@ -417,7 +471,7 @@ class Deblurrer:
         if job.kernel is None and float(k.max()) == 1:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
         elif photo.blur_varies(photo.block_chi2(_inside(e, k.shape), job.sigma)):
-            notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f} in all)")
+            notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): --varying")
         elif not 0.5 < chi2 < 2:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         return Restoration(

@@ -246,6 +246,19 @@ def test_lights_that_were_clipped():
     assert psnr(unseen, truth) > psnr(taken, truth) + 0.2
 
 
+def test_varying_keeps_what_explains_better(monkeypatch):
+    """On a uniform blur the kernel of the whole stays; where more than all would count as better, the grid is given."""
+    _, _, y = blurred(64, 64, seed=3, size=9)
+    plain, varying = (quick(kernel_size=9, varying=v)(y, sigma=0.01) for v in (False, True))
+    if varying.kernels is None:
+        assert np.array_equal(varying.image, plain.image)
+    monkeypatch.setattr("fastem.engine.VARYING_GAIN", 1e9)
+    taken = quick(kernel_size=9, varying=True)(y, sigma=0.01)
+    assert taken.kernels.shape[2:] == (9, 9) and min(taken.kernels.shape[:2]) >= 2
+    assert (taken.kernels >= 0).all() and np.allclose(taken.kernels.sum(axis=(2, 3)), 1, atol=1e-4)
+    assert np.isfinite(taken.samples).all() and not np.array_equal(taken.image, plain.image)
+
+
 def test_kernel_size_auto():
     _, _, y = blurred(96, 96, seed=3, size=9)
     r = quick(kernel_size="auto", guard=False)(y, sigma=0.01)
@@ -259,7 +272,7 @@ def test_kernel_size_auto():
     [({"gamma": 0.5}, "gamma is a number from 1 to 4"), ({"gamma": "dark"}, "'auto', got 'dark'"),
      ({"saturation": 2.0}, "saturation is a brightness"), ({"kernel_size": "large"}, "or 'auto', got 'large'"),
      ({"kernel_size": "auto", "m_step": "hqs"}, "need method 'fast-em' with the M-step 'edges'"),
-     ({"r2_term": True}, "add m_step 'hqs'")],
+     ({"varying": True, "gamma": 2.2}, "varying needs method"), ({"r2_term": True}, "add m_step 'hqs'")],
     ids=str,
 )  # fmt: skip
 def test_options_of_photos(option, message):

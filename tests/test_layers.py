@@ -20,7 +20,7 @@ LAYERS = [  # low to high: a module of fastem imports only lower layers, or its 
     {"models", "operators"},
     {"guidance"},
     {"samplers", "mstep", "initial"},
-    {"em"},
+    {"em", "varying"},
     {"runtime", "baselines"},
     {"engine"},
     {"batch", "training", "profiling", "evaluation"},

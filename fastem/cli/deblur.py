@@ -49,6 +49,7 @@ def deblur(
     saturation: Annotated[
         str, typer.Option(metavar="off|1..255", help="grey level from which on highlights are clipped, and ignored")
     ] = "off",
+    varying: Annotated[bool, typer.Option("--varying", help="look for a blur that changes over the image")] = False,
     guard: Annotated[bool, typer.Option(help="denoise only where no blur is seen")] = True,
     boundary: Annotated[
         str, typer.Option(metavar="auto|photo|circular", help="what lies beyond the borders of the image")
@@ -99,7 +100,7 @@ def deblur(
     with console.options_checked():
         engine = Deblurrer(
             prior, method=method, guidance=guidance, steps=steps, particles=particles, kernel_size=size,
-            compat=compat, m_step=m_step, r2_term=r2_term, guard=guard,
+            compat=compat, m_step=m_step, r2_term=r2_term, guard=guard, varying=varying,
             gamma=light, saturation=clipped, boundary=boundary, tile=tile, device=device, backend=backend,
         )  # fmt: skip
         if method == "known" and known is None:
