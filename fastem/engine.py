@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -216,6 +217,8 @@ class Deblurrer:
             looks whether its borders match.
         tile: evaluate the network on tiles of this side; less memory for large images.
         device, backend: where and how it runs; see `fastem doctor`.
+        precision: of the network's body, `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` is fp16 on a GPU, fp32 on a CPU.
+            States, guidance and M-step are float32 always.
 
     Raises:
         ValueError: for an unknown option, naming what is allowed.
@@ -228,7 +231,7 @@ class Deblurrer:
         kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False, guard: bool = True,
         gamma: float | str = 1.0, saturation: float | None = None, varying: bool = False,
         lam: float | None = None, boundary: str = "auto", tile: int | None = None, device: str = "auto",
-        backend: str = "auto",
+        backend: str = "auto", precision: str = "auto",
     ) -> None:  # fmt: skip
         self.method = _choice("method", method, Method)
         self.compat = _choice("compat", compat, ("paper", "released"))
@@ -262,7 +265,15 @@ class Deblurrer:
         self.device = runtime.resolve_device(device)
         self.prior_name = prior if isinstance(prior, (str, Path)) else type(prior).__name__
         self.model: EpsModel = prior if isinstance(prior, EpsModel) else load_model(prior)
+        dtype = runtime.resolve_precision(precision, self.device)
+        self.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+        if dtype != torch.float32 and self.model is prior:
+            self.model = copy.deepcopy(prior)  # other holders keep their bits
         self.model.to(self.device)
+        if dtype != torch.float32:
+            self.model.set_precision(dtype)
+        if self.device.type == "cuda":
+            self.model.to(memory_format=torch.channels_last)
         if isinstance(kernel_prior, torch.nn.Module):
             self.kernel_denoiser = kernel_prior.to(self.device)
         else:
@@ -281,6 +292,7 @@ class Deblurrer:
             "varying": self.varying,
             "lam": self.lam, "boundary": self.boundary,
             "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
+            "precision": self.precision,
         }  # fmt: skip
 
     def __call__(
@@ -524,6 +536,8 @@ class Deblurrer:
         runtime.check_memory(observation.size, particles, jacobian=jacobian, device=self.device)
         model = runtime.fit_to_size(self.model, observation.size, tile)
         schedule, rule = self._schedule()
+        if isinstance(model, EpsModel):
+            model.prepare([step.t for step in schedule.reverse()])
         trace: list[dict] = []
 
         def record(step, x0_hat, k) -> None:

@@ -61,6 +61,9 @@ def deblur(
     backend: Annotated[
         str, typer.Option(metavar="auto|reference|native|triton", help="which implementation of the operations")
     ] = "auto",
+    precision: Annotated[
+        str, typer.Option(metavar="auto|fp32|fp16|bf16", help="of the network; auto: fp16 on a GPU, fp32 on a CPU")
+    ] = "auto",
     save: Annotated[
         str, typer.Option(metavar="LIST", help="of image,kernel,mean,std,sheet,json; sheet: before, after and kernel")
     ] = "image,kernel,json",
@@ -102,6 +105,7 @@ def deblur(
             prior, method=method, guidance=guidance, steps=steps, particles=particles, kernel_size=size,
             compat=compat, m_step=m_step, r2_term=r2_term, guard=guard, varying=varying,
             gamma=light, saturation=clipped, boundary=boundary, tile=tile, device=device, backend=backend,
+            precision=precision,
         )  # fmt: skip
         if method == "known" and known is None:
             raise ValueError("--method known needs the kernel: give it with --kernel FILE")

@@ -7,7 +7,7 @@ of the linear 1000-step schedule, `(N,)` or a number, fractions allowed; eps has
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fastem.models.natural import NaturalPrior
 from fastem.models.unet import UNet, batch_times
 from fastem.schedules import Schedule
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=16)
@@ -72,6 +74,58 @@ class EpsModel(nn.Module):
             return float(mse[0] * (sigma_t / sigma[0]) ** 2)
         return float(np.exp(np.interp(math.log(sigma_t), np.log(sigma), np.log(mse))))
 
+    def prepare(self, times: Sequence[float]) -> None:
+        """Told before a run on which time steps the network will be asked, with frozen weights."""
+
+    def program(self) -> Hashable:
+        """Equal as long as the same operations run on the same weights: what a recorded step may be reused for."""
+        return id(self)
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        """Runs the body of the network in `dtype`, if it has one; input and output stay as they are."""
+
+
+class _Unscale(torch.autograd.Function):
+    """Divides the gradient of each image by what `_Scale` multiplied it with."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: list[Tensor]) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.scale[0], None
+
+
+class _Scale(torch.autograd.Function):
+    """Brings the gradient of each image to a largest value in [1, 2), by a power of two found on the device."""
+
+    @staticmethod
+    def forward(ctx, eps: Tensor, scale: list[Tensor]) -> Tensor:
+        ctx.scale = scale
+        return eps.view_as(eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.scale[:] = [power_of_two(grad)]
+        return grad * ctx.scale[0], None
+
+
+def power_of_two(grad: Tensor) -> Tensor:
+    """`(N, 1, 1, 1)`: what brings the largest value of each image `(N, C, H, W)` float32 to [1, 2); 1 for 0 and nan."""
+    largest = grad.abs().amax(dim=(1, 2, 3), keepdim=True)
+    below = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent alone: exact, without a log
+    return torch.where((below > 0) & (below < 2.0**126), 1 / below, 1.0)
+
+
+def evaluate_16bit(net: Callable[[Tensor, Tensor | float], Tensor], x: Tensor, t: Tensor | float) -> Tensor:
+    """`net(x, t)` with a body of 16 bits: its backward pass is linear, so gradients are scaled into their range."""
+    scale: list[Tensor] = []
+    return _Scale.apply(net(_Unscale.apply(x, scale), t), scale)
+
 
 class UNetEps(EpsModel):
     """A guided-diffusion U-Net: variance channels dropped, any image size by mirrored borders."""
@@ -85,11 +139,23 @@ class UNetEps(EpsModel):
             )
         super().__init__(config.in_channels, config.image_size, r2)
         self.net = net
+        net.num_outputs = config.in_channels  # the variances of networks that learn them are not computed
+
+    def prepare(self, times: Sequence[float]) -> None:
+        if not any(p.requires_grad for p in self.net.parameters()):
+            self.net.prepare(times)
+
+    def program(self) -> Hashable:
+        return id(self), self.net.prepared
+
+    def set_precision(self, dtype: torch.dtype) -> None:
+        self.net.set_torso_dtype(dtype)
 
     def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         height, width = x_t.shape[-2:]
         x = mirror_pad(x_t, height + -height % self.net.stride, width + -width % self.net.stride)
-        return self.net(x, t)[:, : self.channels, :height, :width]
+        eps = evaluate_16bit(self.net, x, t) if self.net.torso_dtype in HALVES else self.net(x, t)
+        return eps[..., :height, :width]
 
 
 class DenoiserEps(EpsModel):
@@ -99,10 +165,17 @@ class DenoiserEps(EpsModel):
         super().__init__(denoiser.config.channels, r2=r2)
         self.denoiser = denoiser
 
+    def set_precision(self, dtype: torch.dtype) -> None:
+        getattr(self.denoiser, "prior", self.denoiser).set_torso_dtype(dtype)  # behind the fused kernels
+
     def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         ab = alpha_bar(batch_times(t, x_t))
         a, s, sigma = (v.to(x_t.dtype).view(-1, 1, 1, 1) for v in (ab.sqrt(), (1 - ab).sqrt(), (1 / ab - 1).sqrt()))
-        x0_hat = self.denoiser(x_t / a, sigma.flatten())
+        network = getattr(self.denoiser, "prior", self.denoiser)
+        if getattr(network, "torso_dtype", None) in HALVES:
+            x0_hat = evaluate_16bit(network, x_t / a, sigma.flatten())
+        else:
+            x0_hat = self.denoiser(x_t / a, sigma.flatten())
         return (x_t - a * x0_hat) / s
 
 
@@ -124,6 +197,12 @@ class TiledEps(EpsModel):
 
     def r2(self, sigma_t: float) -> float:
         return self.model.r2(sigma_t)
+
+    def prepare(self, times: Sequence[float]) -> None:
+        self.model.prepare(times)
+
+    def program(self) -> Hashable:
+        return self.model.program(), self.tile, self.overlap, self.batch
 
     def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
         height, width = x_t.shape[-2:]

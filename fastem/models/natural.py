@@ -54,8 +54,9 @@ class ResBlock(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.conv1(F.silu(x)), 1 + scale)
+        h = self.conv1(F.silu(x))
+        scale, shift = self.film(emb).to(h.dtype)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, h, 1 + scale)
         return x + self.conv2(F.silu(h))
 
 
@@ -92,6 +93,17 @@ class NaturalPrior(nn.Module):
         """Height and width are padded to multiples of this inside `forward`."""
         return self.config.unshuffle * 2 ** (len(self.config.widths) - 1)
 
+    @property
+    def torso_dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    def set_torso_dtype(self, dtype: torch.dtype) -> NaturalPrior:
+        """Runs all convolutions but the last in `dtype`; the noise level, input and output stay in float32."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module is not self.conv_out:
+                module.to(dtype)
+        return self
+
     def flops(self, height: int, width: int) -> int:
         """Floating-point operations of the convolutions for one image; a training step takes three times as many."""
         blocks = -(-height // self.stride) * -(-width // self.stride)
@@ -124,7 +136,7 @@ class NaturalPrior(nn.Module):
         """The raw network F of EDM Eq. (7): unit-variance input and output."""
         phase = c_noise[:, None] * self.frequencies
         emb = self.embed(torch.cat([c_noise[:, None], phase.sin(), phase.cos()], dim=1))
-        h = self.conv_in(F.pixel_unshuffle(x, self.config.unshuffle))
+        h = self.conv_in(F.pixel_unshuffle(x, self.config.unshuffle).to(self.torso_dtype))
         skips = []
         for blocks, down in zip(self.encoder, self.down, strict=True):
             for block in blocks:
@@ -137,7 +149,7 @@ class NaturalPrior(nn.Module):
             h = up(h) + skips.pop()
             for block in blocks:
                 h = block(h, emb)
-        with torch.autocast(h.device.type, enabled=False):  # 16 bits end here: the loss of low noise needs more
+        with torch.autocast("cuda" if h.is_cuda else "cpu", enabled=False):  # 16 bits end here: low noise needs more
             out = self.conv_out(h.to(self.conv_out.weight.dtype))
         return F.pixel_shuffle(out, self.config.unshuffle)
 

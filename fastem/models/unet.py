@@ -6,7 +6,9 @@ Source: Dhariwal and Nichol 2021 (architecture), Ho et al. 2020 (time embedding)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from fastem import ops
 
 IMAGE_SIZE = {4: 64, 5: 128, 6: 256, 7: 512}  # of the published networks, by number of levels
+PREPARED = 4  # schedules whose tables a network keeps
 HEAD_CHANNELS = 64  # channels per attention head of the published networks
 
 
@@ -167,6 +170,18 @@ class Upsample(nn.Module):
         return self.conv(_double(x))
 
 
+def sub_pixel_weight(weight: Tensor) -> Tensor:
+    """Of a 3x3 convolution `(O, C, 3, 3)` that follows nearest x2: the weights `(C, O, 4, 4)` of one transposed one.
+
+    Each output pixel sees at most 2 x 2 different inputs: rows 2i and 2i + 1 have the taps (w0, w1 + w2) of rows i - 1
+    and i, and (w0 + w1, w2) of rows i and i + 1. That is `conv_transpose2d` with stride 2, padding 1.
+    """
+    flipped = weight.flip(2, 3).transpose(0, 1)
+    padded = F.pad(flipped.double(), (1, 1, 1, 1))
+    sums = padded[..., :-1, :-1] + padded[..., 1:, :-1] + padded[..., :-1, 1:] + padded[..., 1:, 1:]
+    return sums.to(weight.dtype).contiguous()
+
+
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -192,11 +207,21 @@ class ResBlock(nn.Module):
             GroupNorm32(c_out), nn.SiLU(), nn.Identity(), _zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         )  # the identity stands where training has its dropout
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.up_weight: Tensor | None = None  # instead of up-sampling and convolution, see `merged_upsampling`
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def merged_upsampling(self) -> Tensor | None:
+        """Nearest x2 and the convolution behind it as one transposed convolution, with 4 / 9 of the operations."""
+        return sub_pixel_weight(self.in_layers[2].weight.detach()) if self.resample is _double else None
+
+    def forward(self, x: Tensor, emb: Tensor | None, film: Tensor | None = None) -> Tensor:
+        """`film` is `emb_layers(emb)` where it was computed before, for one image or all."""
         norm, _, conv = self.in_layers
-        h = conv(self.resample(norm.then_silu(x)))
-        e = self.emb_layers(emb)
+        h = norm.then_silu(x)
+        if self.up_weight is None:
+            h = conv(self.resample(h))
+        else:
+            h = F.conv_transpose2d(h, self.up_weight, conv.bias, stride=2, padding=1)
+        e = self.emb_layers(emb) if film is None else film.expand(len(x), -1)
         norm, _, _, conv = self.out_layers
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
@@ -235,12 +260,35 @@ class AttentionBlock(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Layers of one resolution; the time embedding goes to those that take it."""
+    """Layers of one resolution; the time embedding, or what was made of it, goes to those that take it."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None, films: Iterator[Tensor] = iter(())) -> Tensor:  # noqa: B008 (empty)
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, emb, next(films, None)) if isinstance(layer, ResBlock) else layer(x)
         return x
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What `UNet.prepare` computed; a recorded step refers to it, so it counts as itself, not by its values."""
+
+    numbers: tuple[float, ...]  # the times, ascending
+    times: Tensor  # the same, (S,) on the device, at least float32
+    rows: Tensor  # (S, features of all blocks)
+    up_weights: list[Tensor | None]  # of each block
+
+    def row(self, t: Tensor | float) -> Tensor | None:
+        """`(1, features)`; None for a number that is not in the table, or several times."""
+        if isinstance(t, Tensor):
+            if t.dim() > 0:
+                return None
+            t = t.to(self.times.dtype)
+            at = torch.searchsorted(self.times, t.view(1)).clamp(max=len(self.times) - 1)
+            return torch.where(self.times.index_select(0, at) == t, self.rows.index_select(0, at), math.nan)
+        at = bisect_left(self.numbers, t)
+        if at == len(self.numbers) or self.numbers[at] != t:
+            return None
+        return self.rows[at : at + 1]
 
 
 class UNet(nn.Module):
@@ -283,6 +331,9 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             GroupNorm32(width), nn.SiLU(), _zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
         )
+        self.num_outputs = config.out_channels  # fewer drop the last channels
+        self.prepared: Prepared | None = None
+        self._prepared: OrderedDict[tuple, Prepared] = OrderedDict()
 
     def _layers(self, level: int, c_in: int) -> list[nn.Module]:
         width = self.config.widths[level]
@@ -304,25 +355,71 @@ class UNet(nn.Module):
 
         Norms, the time embedding and the output convolution stay in float32, and so do input and output.
         """
+        self._forget()
         for module in (*self.input_blocks.modules(), *self.middle_block.modules(), *self.output_blocks.modules()):
             if isinstance(module, nn.Conv1d | nn.Conv2d):
                 module.to(dtype)
         return self
 
+    @torch.no_grad()
+    def prepare(self, times: Sequence[float]) -> None:
+        """For inference with frozen weights: scales and shifts of these times from a table, up-sampling merged.
+
+        `forward` takes them where t is one of the times as a number, or a 0-dim tensor that holds one of them (the
+        result is nan where it does not: nothing on the host looks). Call it again after a change of the weights.
+        """
+        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in self.parameters())
+        key = (tuple(sorted(set(times))), weights)
+        found = self._prepared.pop(key, None)
+        blocks = self._blocks()
+        if found is None:
+            weight = self.time_embed[0].weight
+            t = torch.tensor(key[0], dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+            emb = self.time_embed(timestep_embedding(t, self.config.base))
+            rows = torch.cat([block.emb_layers(emb) for block in blocks], dim=1)
+            found = Prepared(key[0], t, rows, [block.merged_upsampling() for block in blocks])
+            while len(self._prepared) >= PREPARED:
+                self._prepared.popitem(last=False)
+        self._prepared[key] = self.prepared = found
+        for block, weight in zip(blocks, found.up_weights, strict=True):
+            block.up_weight = weight
+
+    def _forget(self) -> None:
+        self._prepared.clear()
+        self.prepared = None
+        for block in self._blocks():
+            block.up_weight = None
+
+    def _apply(self, fn, recurse: bool = True):
+        self._forget()  # made of weights that move, or change their type
+        return super()._apply(fn, recurse)
+
+    def _blocks(self) -> list[ResBlock]:
+        return [m for m in self.modules() if isinstance(m, ResBlock)]  # in the order they run
+
+    def _films(self, t: Tensor | float) -> Iterator[Tensor] | None:
+        """What the table holds for t, `(1, features)` for each block; None where it has to be computed."""
+        row = None if self.prepared is None else self.prepared.row(t)
+        return None if row is None else iter(row.split([b.emb_layers[1].out_features for b in self._blocks()], dim=1))
+
     def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
         if x.shape[-2] % self.stride or x.shape[-1] % self.stride:
             size = tuple(x.shape[-2:])
             raise ValueError(f"height and width must be multiples of {self.stride}, got {size}; pad, or use UNetEps")
-        emb = self.time_embed(timestep_embedding(batch_times(t, x), self.config.base))
+        films, emb = self._films(t), None
+        if films is None:
+            films, emb = iter(()), self.time_embed(timestep_embedding(batch_times(t, x), self.config.base))
         h, skips = x.to(self.torso_dtype), []
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = block(h, emb, films)
             skips.append(h)
-        h = self.middle_block(h, emb)
+        h = self.middle_block(h, emb, films)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, films)
         norm, _, conv = self.out
-        return conv(norm.then_silu(h.to(conv.weight.dtype))).to(x.dtype)
+        h = norm.then_silu(h.to(conv.weight.dtype))
+        n = self.num_outputs
+        return F.conv2d(h, conv.weight[:n], conv.bias[:n], padding=1).to(x.dtype)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:

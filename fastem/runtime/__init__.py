@@ -12,6 +12,7 @@ from fastem.runtime.placement import (
     fit_to_size,
     largest_batch,
     resolve_device,
+    resolve_precision,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "largest_batch",
     "release_device",
     "resolve_device",
+    "resolve_precision",
 ]

@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from fastem.models import TiledEps
+from fastem.models import EpsModel
 from fastem.operators import Observation
 from fastem.ops import current_backend
 from fastem.runtime.nosync import NoSync
@@ -177,7 +177,5 @@ def _key(body: StepBody, observation: Observation, state, x_t: Tensor) -> Hashab
 
 
 def _network(model: nn.Module) -> Hashable:
-    """The recording keeps the network alive, so that its id stays its own; tilings are made anew for every run."""
-    if isinstance(model, TiledEps):
-        return id(model.model), model.tile, model.overlap, model.batch
-    return id(model)
+    """The recording keeps the network alive, so that an id stays its own."""
+    return model.program() if isinstance(model, EpsModel) else id(model)

@@ -43,6 +43,28 @@ def resolve_device(name: str = "auto") -> torch.device:
     return device
 
 
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of the network's body: `"auto"` is float16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ValueError: for 16 bits on a CPU that would have to emulate them, several times slower than float32.
+    """
+    allowed = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in allowed:
+        raise ValueError(f"unknown precision {name!r}; allowed are auto, {', '.join(allowed)}")
+    if device.type == "cpu" and name != "fp32" and not has_native(allowed[name]):
+        raise ValueError(f"this CPU does not compute in {name}; use precision fp32, or a GPU")
+    return allowed[name]
+
+
+def has_native(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of 16-bit numbers."""
+    probe = {torch.bfloat16: "_is_avx512_bf16_supported", torch.float16: "_is_amx_fp16_supported"}[dtype]
+    return bool(getattr(torch.cpu, probe, lambda: False)())
+
+
 def check_memory(size: tuple[int, int], particles: int, *, jacobian: bool, device: torch.device) -> None:
     """Refuses what cannot fit in the memory of this machine before the system ends the program without a word.
 
