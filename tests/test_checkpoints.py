@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import copy
 import hashlib
 import json
 import pickle
@@ -119,7 +118,7 @@ def test_natural_prior_round_trip(tmp_path, prior):
 
 def test_unet_round_trips(tmp_path, unet):
     x = torch.randn(1, 3, 8, 12)
-    expected = UNetEps(copy.deepcopy(unet))(x, 50.0).detach()
+    expected = unet(x, 50.0)[:, :3].detach()
     torch.save({name: tensor.half() for name, tensor in unet.state_dict().items()}, tmp_path / "half.pt")
     torch.save(unet.state_dict(), tmp_path / "unet.pt")
     config = unet.config.to_dict()
@@ -136,8 +135,8 @@ def test_unet_round_trips(tmp_path, unet):
         assert isinstance(model, UNetEps) and model.channels == 3
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert not any(parameter.requires_grad for parameter in model.parameters())
-        assert torch.equal(model(x, 50.0), expected)
-    assert torch.allclose(load_model(unet.state_dict(), **heads)(x, 50.0), expected)
+        assert torch.allclose(model(x, 50.0), expected, rtol=1e-5, atol=1e-6)  # not the rounding of other weights
+    assert torch.allclose(load_model(unet.state_dict(), **heads)(x, 50.0), expected, rtol=1e-5, atol=1e-6)
     assert load_model(unet.state_dict(), torso_dtype=torch.bfloat16, **heads).net.torso_dtype == torch.bfloat16
 
 
