@@ -84,9 +84,9 @@ def blur_varies(chi2: Tensor) -> bool:
     """Whether one kernel for the whole image leaves a residual that noise does not explain.
 
     chi2 `(rows, cols)` from `block_chi2`. Where the blur differs from the kernel, edges stay in the residual. A wrong
-    sigma raises or lowers all blocks alike, which is why the best blocks are the measure. Thresholds lie between 12
+    sigma raises or lowers all blocks alike, which is why the best blocks are the measure. Thresholds lie between 4
     photographs with noise of 2 and 6 grey levels and one blur (worst tenth at most 2.2), and 8 that a camera turning
-    by 1 to 2 degrees blurred (2.7 and more).
+    by 1.7 degrees blurred (2.7 and more).
     """
     if chi2.numel() < 9:
         return False
