@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from functools import partial
+from importlib import resources
 
 import pytest
 import torch
@@ -161,6 +162,25 @@ def test_bundled_names(tmp_path, prior, monkeypatch):
             load_model(name)
     with pytest.raises(CheckpointError, match="did you mean 'natural'"):
         load_model("natrual")
+
+
+def test_the_bundled_prior_is_the_one_its_card_describes():
+    model = load_model("natural")
+    card = resources.files("fastem").joinpath("weights", "README.md").read_text(encoding="utf-8")
+    assert model.sha256 in card
+    assert len(model.r2_table) == 20
+
+
+def test_the_bundled_prior_leaves_images_without_noise_alone():
+    """Identity as sigma -> 0: what it changes is of the order of the noise it is told."""
+    denoiser = load_model("natural").denoiser
+    x = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), scale_factor=8
+    )
+    for sigma in (1e-2, 1e-3, 1e-4):
+        change = denoiser(2 * x - 1, torch.tensor([sigma])) - (2 * x - 1)
+        assert change.square().mean().sqrt() < 2 * sigma
+    assert (denoiser(2 * x - 1, torch.tensor([1.0])) - (2 * x - 1)).square().mean().sqrt() > 0.05  # it does denoise
 
 
 def test_the_bundled_models_load():

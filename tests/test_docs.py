@@ -115,7 +115,7 @@ def test_commands_parse(document):
 @every_document
 def test_options_exist(document):
     spoken = {word for span in spans(document.read_text(encoding="utf-8")) for word in span.split() if "--" in word[:2]}
-    foreign = {"--install", "--no-build-isolation"}  # of cmake and pip
+    foreign = {"--nproc-per-node", "--install", "--no-build-isolation"}  # of torchrun, cmake and pip
     assert {word.split("=")[0] for word in spoken} - foreign <= option_names()
 
 
