@@ -209,8 +209,8 @@ class Deblurrer:
         gamma: the blur happens in light, the photo stores about its `1 / gamma`-th power: 1 takes the pixels as light,
             2.2 is usual for cameras, `"auto"` tries both and keeps the one that explains the photo better.
         saturation: pixels of this brightness in [0, 1] and more are clipped and count as not measured; None: none are.
-        varying: look for a blur that changes over the image, after the one for the whole of it, and keep it if it
-            explains the image clearly better. Slower by two more runs.
+        varying: look for a blur that changes over the image, where that for the whole of it leaves edges, and keep it
+            if it explains the image clearly better. Slower by two more runs.
         kernel_prior: the kernel denoiser of the HQS M-step, a bundled name, file or module.
         lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
         boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
@@ -428,7 +428,8 @@ class Deblurrer:
         )
         residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
         kernels = None
-        if self.varying and first.kernel is None and float(drawn.kernel.max()) < 1:
+        asked = self.varying and first.kernel is None and float(drawn.kernel.max()) < 1
+        if asked and _varies(residual[0], drawn.kernel.shape[-2:], first.sigma):
             varied, blurs = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
             left = canvas.crop(blurs(varied.images.mean(dim=1))) - y
             if float(left.square().mean()) < VARYING_GAIN * float(residual.square().mean()):
@@ -482,7 +483,7 @@ class Deblurrer:
         notes, chi2 = list(job.notes), float(e.square().mean() / job.sigma**2)
         if job.kernel is None and float(k.max()) == 1:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
-        elif photo.blur_varies(photo.block_chi2(_inside(e, k.shape), job.sigma)):
+        elif _varies(e, k.shape, job.sigma):
             notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): --varying")
         elif not 0.5 < chi2 < 2:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
@@ -727,6 +728,11 @@ def _kernel(kernel: np.ndarray | Tensor) -> Tensor:
     if k.dim() != 2 or not bool(torch.isfinite(k).all()) or float(k.min()) < 0 or float(k.sum()) <= 0:
         raise ValueError(f"a kernel is (h, w), finite, >= 0 and of positive sum, got shape {tuple(k.shape)}")
     return (k / k.sum())[None, None]
+
+
+def _varies(e: Tensor, ksize: tuple[int, int], sigma: float) -> bool:
+    """Whether a residual `(C, H, W)` asks for more than one kernel."""
+    return photo.blur_varies(photo.block_chi2(_inside(e, ksize), sigma))
 
 
 def _inside(x: Tensor, ksize: tuple[int, int]) -> Tensor:
