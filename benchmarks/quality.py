@@ -46,7 +46,8 @@ def run(
     before, after = metrics.psnr_aligned(y, x), metrics.psnr_aligned(r.image, x)
     return {
         "psnr_input": before, "psnr": after, "gain": after - before, "psnr_raw": metrics.psnr(r.image, x),
-        "kernel_correlation": metrics.kernel_correlation(r.kernel, k), "chi2": r.reblur, "seconds": seconds,
+        "kernel_correlation": metrics.kernel_correlation(r.kernel, k),
+        "kernel_mse": metrics.kernel_mse(r.kernel, k), "chi2": r.reblur, "seconds": seconds,
     }  # fmt: skip
 
 

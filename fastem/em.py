@@ -97,12 +97,13 @@ class EdgeEM:
     ridge: float = 0.3
     num_iters: int = 20
     inflation: float = 2.0  # of sigma in the E-step: the error of the kernel counts as noise
+    every: int = 1  # the kernel learns in steps whose index is a multiple of this, the last one among them
 
     def start(self, observation: Observation) -> KernelState:
         return KernelState(self.k_start.to(observation.y))
 
     def rests(self, step: Step) -> bool:
-        return step.sigma_t > self.sigma_on
+        return step.sigma_t > self.sigma_on or step.index % self.every != 0
 
     def program(self) -> Hashable:
         return EdgeEM, tuple(self.k_start.shape), self.ridge, self.num_iters, self.inflation

@@ -31,6 +31,7 @@ from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
 JPEG_INFLATION = 1.5  # of the error of the luminance: colours are stored coarser, and the error is not white
+TURBO_STEPS, TURBO_EVERY = 10, 2  # reverse steps, and in which of them the kernel learns
 MIN_SIDE = 8  # pixels
 TIGHT_TILE = 256  # pixels: side of the tiles where memory has ended
 NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
@@ -219,6 +220,8 @@ class Deblurrer:
         device, backend: where and how it runs; see `fastem doctor`.
         precision: of the network's body, `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` is fp16 on a GPU, fp32 on a CPU.
             States, guidance and M-step are float32 always.
+        preset: `"exact"`, or `"turbo"`: fewer steps and M-steps, within 0.1 dB and 1.1 times the kernel error on test
+            images (docs/architecture.md).
 
     Raises:
         ValueError: for an unknown option, naming what is allowed.
@@ -231,7 +234,7 @@ class Deblurrer:
         kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False, guard: bool = True,
         gamma: float | str = 1.0, saturation: float | None = None, varying: bool = False,
         lam: float | None = None, boundary: str = "auto", tile: int | None = None, device: str = "auto",
-        backend: str = "auto", precision: str = "auto",
+        backend: str = "auto", precision: str = "auto", preset: str = "exact",
     ) -> None:  # fmt: skip
         self.method = _choice("method", method, Method)
         self.compat = _choice("compat", compat, ("paper", "released"))
@@ -244,7 +247,12 @@ class Deblurrer:
         if r2_term and self.m_step != "hqs":
             raise ValueError("r2_term belongs to the M-step 'hqs'; add m_step 'hqs', or leave r2_term out")
         self.r2_term, self.guard = r2_term, guard
-        default_steps = {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
+        self.preset = _choice("preset", preset, ("exact", "turbo"))
+        turbo = self.preset == "turbo"
+        if turbo and (self.guidance is not Guide.MEAN or self.m_step != "edges" or self.method is Method.DIFFUSION_EM):
+            raise ValueError("preset 'turbo' was measured for the default method, guidance and M-step; leave them out")
+        self.learn_every = TURBO_EVERY if turbo else 1
+        default_steps = TURBO_STEPS if turbo else {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
         self.kernel_size = _kernel_size(kernel_size)
@@ -292,7 +300,7 @@ class Deblurrer:
             "varying": self.varying,
             "lam": self.lam, "boundary": self.boundary,
             "tile": self.tile, "device": str(self.device), "backend": str(self.backend),
-            "precision": self.precision,
+            "precision": self.precision, "preset": self.preset,
         }  # fmt: skip
 
     def __call__(
@@ -583,7 +591,7 @@ class Deblurrer:
                 return self._denoised(model, observation, ksize), canvas, trace
             for search in STARTS:  # each image keeps its first good answer, or the best of all
                 k_start = search(denoised.clamp(min=0) ** gamma, ksize, window.canvas, window.seen)
-                drawn_now = draw(EdgeEM(k_start, inflation=INFLATION))
+                drawn_now = draw(EdgeEM(k_start, inflation=INFLATION, every=self.learn_every))
                 chi2 = reblur_chi2(drawn_now, y, canvas, observation.sigma, gamma, self._seen(y))
                 if drawn is None:
                     drawn, best = drawn_now, chi2

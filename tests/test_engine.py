@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastem import ops
+from fastem.em import EdgeEM
 from fastem.engine import (
     LOSSY_SIGMA,
     SIGMA_FLOOR,
@@ -477,6 +478,7 @@ def test_batch_sizes_that_do_not_exist(batch_size):
         ({"guidance": "none"}, "unknown guidance 'none'; allowed are mean, pigdm, dps"),
         ({"compat": "exact"}, "unknown compat 'exact'; allowed are paper, released"),
         ({"boundary": "zero"}, "unknown boundary 'zero'; allowed are auto, photo, circular"),
+        ({"preset": "fast"}, "unknown preset 'fast'; allowed are exact, turbo"),
         ({"steps": 0}, "steps must be a whole number from 1 to 1000, got 0"),
         ({"steps": 1001}, "steps must be a whole number"),
         ({"steps": 2.5}, "steps must be a whole number"),
@@ -549,6 +551,21 @@ def test_a_result_that_is_not_finite_is_not_returned():
     with pytest.raises(NumericError, match="not finite"):
         engine(blurred(24, 24)[2], sigma=0.02)
     assert [type(e) for e in engine.map([blurred(24, 24)[2]], sigma=0.02)] == [NumericError]
+
+
+def test_presets():
+    """Turbo: 10 steps, and an M-step in every other of those that have one."""
+    exact, turbo = (Deblurrer(natural(), kernel_size=7, device="cpu", preset=p) for p in ("exact", "turbo"))
+    assert (exact.steps, turbo.steps, quick(preset="turbo").steps) == (15, 10, 2)
+    assert exact.config["preset"] == "exact" and turbo.config["preset"] == "turbo"
+    schedule, estimators = turbo._schedule()[0], [EdgeEM(torch.ones(1, 1, 1, 1), every=n) for n in (1, 2)]
+    one, two = ([s.index for s in schedule.reverse() if not e.rests(s)] for e in estimators)
+    assert two == [i for i in one if i % 2 == 0] and two[-1] == 0 and len(two) < len(one)
+    y = blurred(32, 32)[2]
+    assert_sane(turbo(y, sigma=0.01))
+    for options in ({"guidance": "pigdm"}, {"m_step": "hqs"}, {"method": "diffusion-em"}):
+        with pytest.raises(ValueError, match="preset 'turbo' was measured for the default method"):
+            Deblurrer(natural(), device="cpu", preset="turbo", **options)
 
 
 def test_config_is_what_decides():

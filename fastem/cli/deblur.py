@@ -64,6 +64,9 @@ def deblur(
     precision: Annotated[
         str, typer.Option(metavar="auto|fp32|fp16|bf16", help="of the network; auto: fp16 on a GPU, fp32 on a CPU")
     ] = "auto",
+    preset: Annotated[
+        str, typer.Option(metavar="exact|turbo", help="turbo: fewer steps, a little less exact")
+    ] = "exact",
     save: Annotated[
         str, typer.Option(metavar="LIST", help="of image,kernel,mean,std,sheet,json; sheet: before, after and kernel")
     ] = "image,kernel,json",
@@ -105,7 +108,7 @@ def deblur(
             prior, method=method, guidance=guidance, steps=steps, particles=particles, kernel_size=size,
             compat=compat, m_step=m_step, r2_term=r2_term, guard=guard, varying=varying,
             gamma=light, saturation=clipped, boundary=boundary, tile=tile, device=device, backend=backend,
-            precision=precision,
+            precision=precision, preset=preset,
         )  # fmt: skip
         if method == "known" and known is None:
             raise ValueError("--method known needs the kernel: give it with --kernel FILE")
