@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import hashlib
 import importlib.util
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastem.ops
@@ -82,7 +82,7 @@ class NetworkCounter:
         """Of everything counted, in 1e9 FLOPs; None where the network has an operation of unknown cost."""
         try:
             costs = {shape: network_flops(self._model, shape) for shape in {*self._forwards, *self._vjps}}
-        except Exception:  # the network's own code on meta tensors: it may raise anything
+        except Exception:  # the network's own code on tensors without values: it may raise anything
             return None
         total = sum(n * costs[shape][0] for shape, n in self._forwards.items())
         return (total + sum(n * costs[shape][1] for shape, n in self._vjps.items())) / 1e9
@@ -93,16 +93,15 @@ class NetworkCounter:
 
 @lru_cache(maxsize=64)
 def network_flops(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """FLOPs of one evaluation at `(1, *shape)`, and of one gradient with respect to the image, counted on tensors
-    without data, in plain torch."""
-    twin = copy.deepcopy(model).to("meta")
-    twin._forward_hooks.clear()
-    x = torch.empty(1, *shape, device="meta", requires_grad=True)
-    with fastem.ops.use_backend("reference"), torch.enable_grad():
-        for parameter in twin.parameters():
-            parameter.requires_grad_(False)
+    """FLOPs of one evaluation at `(1, *shape)`, and of one gradient with respect to the image: plain torch, shapes
+    only, nothing is computed."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        model.forward(torch.zeros(1, shape[0], 32, 32, device=device), 500.0)  # what it caches must hold numbers
+    with FakeTensorMode(allow_non_fake_inputs=True), fastem.ops.use_backend("reference"), torch.enable_grad():
+        x = torch.empty(1, *shape, device=device, requires_grad=True)
         with FlopCounterMode(display=False) as forward:
-            eps = twin(x, torch.full((1,), 500.0, device="meta"))
+            eps = model.forward(x, 500.0)  # past the hooks: this is no evaluation
         with FlopCounterMode(display=False) as backward:
             torch.autograd.grad(eps, x, torch.empty_like(eps))
     return forward.get_total_flops(), backward.get_total_flops()
