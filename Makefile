@@ -6,6 +6,7 @@
 #   make gpu-test   the tests that need a GPU, and make gpu-sanitize where compute-sanitizer is found
 #   make bench      the benchmarks of a CPU, about an hour; make gpu-bench: those of a GPU, with REFERENCE=path beside the
 #                   released program; both leave JSON in benchmarks/results/ and the table in benchmarks/README.md
+#   make results    DATA=folder of test images (docs/evaluation.md): measures quality anew and writes docs/results.md
 #   make lint  make wheel  make clean
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := setup.py $(wildcard csrc/cpu/* csrc/torch/* csrc/cuda/* csrc/include/fastem/*)
 
-.PHONY: demo test bench gpu-bench native gpu-test gpu-sanitize cpp-test asan lint wheel clean
+.PHONY: demo test bench gpu-bench results native gpu-test gpu-sanitize cpp-test asan lint wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.native
@@ -68,6 +69,13 @@ bench: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/fastem profile --device cpu --backend reference --json $(CPU_JSON)-profile-reference.json \
 	  --compare $(CPU_JSON)-profile-native.json
 	$(BIN)/python benchmarks/report.py
+
+RESULTS ?= build/results
+RESULTS_LIMIT ?= 8
+results: $(VENV)/.dev $(VENV)/.native
+	$(BIN)/fastem evaluate quick --data "$(DATA)" -o $(RESULTS)/quick --limit $(RESULTS_LIMIT)
+	$(BIN)/fastem evaluate fig4 --data "$(DATA)" -o $(RESULTS)/fig4 --limit $(RESULTS_LIMIT)
+	$(BIN)/python benchmarks/results.py $(RESULTS)/quick $(RESULTS)/fig4
 
 GPU_JSON := benchmarks/results/gpu
 FFHQ := --prior ffhq-random --guidance pigdm --dtype float16 --channels-last --device cuda

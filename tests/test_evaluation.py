@@ -157,21 +157,26 @@ def test_end_to_end(fastem, tiny, data, prior, tmp_path):
     assert code == 0 and lines == ["out/report.md"] and "24 of 24 rows" in err
 
 
-def test_methods_see_the_same_observation(data, tiny, prior, tmp_path):
-    run = Evaluation(load_protocol(str(tiny)), data, tmp_path / "out", limit=1, prior=str(prior))
-    rows = list(run.run())
+@pytest.fixture(scope="module")
+def rows(data, prior, tmp_path_factory) -> list[dict]:
+    """What the tiny protocol gives for one image."""
+    root = tmp_path_factory.mktemp("rows")
+    (root / "tiny.toml").write_text(TINY)
+    run = Evaluation(load_protocol(str(root / "tiny.toml")), data, root / "out", limit=1, prior=str(prior))
+    return list(run.run())
+
+
+def test_methods_see_the_same_observation(rows):
     by_case = {}
     for row in rows:
         by_case.setdefault(tuple(row[n] for n in running.KEY), set()).add(row["observation"])
     assert len(by_case) == 8 and all(len(seen) == 1 for seen in by_case.values())
     assert len({next(iter(seen)) for seen in by_case.values()}) == 8  # and every case is another one
-    rows[0]["observation"] = "something else"
     with pytest.raises(ValueError, match="different observations"):
-        common_cases(rows, ["blind", "wiener"])
+        common_cases([rows[0] | {"observation": "something else"}, *rows[1:]], ["blind", "wiener"])
 
 
-def test_pairs_leave_out_what_one_method_lacks(data, tiny, prior, tmp_path):
-    rows = list(Evaluation(load_protocol(str(tiny)), data, tmp_path / "out", limit=1, prior=str(prior)).run())
+def test_pairs_leave_out_what_one_method_lacks(rows):
     gone = next(row for row in rows if row["method"] == "wiener")
     shared = common_cases([row for row in rows if row is not gone], ["blind", "wiener"])
     assert len(shared["blind"]) == len(shared["wiener"]) == 7

@@ -198,8 +198,8 @@ def test_table(rows: dict[str, list[Row]], reference: str, name: str, label: str
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def write_report(out: Path) -> Path:
-    """Writes everything from the rows in the folder; returns the path of `report.md`.
+def build_report(out: Path) -> tuple[list[Block], dict[str, Any]]:
+    """The report of the rows in a folder, and the figures behind it; plots and sheets are drawn into the folder.
 
     Raises:
         ProtocolError: if the folder holds no evaluation.
@@ -231,9 +231,16 @@ def write_report(out: Path) -> Path:
     if (out / "sets.json").exists():
         blocks += [Heading("Metrics of whole sets"), *_set_tables(json.loads((out / "sets.json").read_text()))]
     blocks += [Heading("How to read this"), HOW_TO_READ]
+    return blocks, _finite(summary)
+
+
+def write_report(out: Path) -> Path:
+    """Writes `build_report` as `summary.json`, `report.md` and `report.html`; returns the path of `report.md`."""
+    blocks, summary = build_report(out)
+    title = summary["run"]["protocol"]["title"]
     for name, text in (
-        ("summary.json", json.dumps(_finite(summary), indent=1)), ("report.md", markdown(blocks)),
-        ("report.html", web_page(blocks, protocol["title"])),
+        ("summary.json", json.dumps(summary, indent=1)), ("report.md", markdown(blocks)),
+        ("report.html", web_page(blocks, title)),
     ):  # fmt: skip
         with io.atomic_write(out / name) as file:
             file.write(text.encode())
