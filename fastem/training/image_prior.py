@@ -141,11 +141,11 @@ def train_image_prior(
         return model
     figures = {
         "what": f"{name_of(network)} after {trainer.step} steps, averaged weights, float32",
-        "held_out": held_out is not training,  # from this run; what the weights of --init saw is not known here
+        "held_out": held_out is not training,  # from this run; what the weights it started from saw is not known
         **validate(model, [pixels for _, pixels in held_out], model.stride, device),
     }
     with io.atomic_write(out / "validation.json") as file:
-        file.write(json.dumps(figures, indent=1).encode())
+        file.write(json.dumps(figures | trainer.notes, indent=1).encode())
     r2 = figures.pop("r2")
     card = {
         "what": "denoiser of natural images in [-1, 1], any size",
