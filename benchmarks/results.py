@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastem import io
 from fastem.evaluation import report
+from fastem.evaluation.run import read_rows, row_files
 
 FREE = ("synthetic-sharp-kodak24",)  # Kodak's suite was released for any use; the kernels are drawn here
 INTRODUCTION = """# Results
@@ -24,8 +25,9 @@ Measured by `fastem evaluate` ([evaluation.md](evaluation.md) says how), and wri
 make results DATA=folder
 ```
 
-which runs the reduced protocols below on the pictures in that folder. Each section says which images, which program and
-which machine. The intervals are over the cases; with few images they are wide, and no claim goes beyond them.
+which runs the reduced protocols below on the pictures in that folder (`RESULTS_LIMIT` images each, 8 by default). Each
+section says which images, which program and which machine were behind it, and how many images: fewer than eight show
+that the machinery works and support no claim. The machine was shared, so read CPU seconds.
 """
 
 
@@ -33,12 +35,16 @@ def section(folder: Path, images: Path, most_sheets: int) -> list[report.Block]:
     """The report of one evaluation without its closing notes; pictures that may be shown are copied to `images`."""
     blocks, summary = report.build_report(folder)
     name, kept, sheets = summary["run"]["protocol"]["name"], [], 0
+    seen = sorted({row["image"] for row in read_rows(row_files(folder))})
+    command = f"`fastem evaluate {name} --data folder -o results/{name} --limit {len(seen)}`"
     for block in blocks:
         match block:
             case report.Heading("How to read this" | "Plots" | "Side by side"):
                 continue
             case report.Heading(text, level):
                 kept.append(report.Heading(text, level + 1))
+                if level == 1:
+                    kept.append(f"{command}: {len(seen)} images ({', '.join(seen)}).")
             case report.Picture(path):
                 is_sheet = path.startswith("sheets/")
                 if is_sheet and (sheets == most_sheets or not Path(path).name.startswith(FREE)):

@@ -30,7 +30,8 @@ from fastem.evaluation import (
 )
 from fastem.evaluation import run as running
 from fastem.evaluation.cases import spread
-from fastem.evaluation.report import common_cases
+from fastem.evaluation.report import common_cases, per_image, summarise
+from fastem.evaluation.report import test_table as table_of_tests
 from fastem.evaluation.run import read_rows, row_files
 from fastem.synth import degrade, motion_kernel
 
@@ -141,14 +142,15 @@ def test_end_to_end(fastem, tiny, data, prior, tmp_path):
     assert all(row["gflop"] > 0 for row in known)
 
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "# Tiny" in report and "paper: PSNR" in report and "25.66" in report and "p (Wilcoxon)" in report
+    assert "# Tiny" in report and "paper: PSNR" in report and "25.66" in report
+    assert "p (Wilcoxon)" not in report  # one image is no sample
     for name in ("report.html", "plot_sigma.png", "plot_time.png", "summary.json", "run.json"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     (sheet,) = (tmp_path / "out" / "sheets").iterdir()
     assert Image.open(sheet).size[0] > 3 * 32
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     blind = summary["groups"]["all cases"]["blind"]
-    assert blind["cases"] == 8 and blind["psnr"]["low"] <= blind["psnr"]["mean"] <= blind["psnr"]["high"]
+    assert blind["cases"] == 8 and blind["psnr"]["low"] is None  # eight cases of one image have no interval
     of = [row for row in rows if row["method"] == "blind"]
     assert blind["psnr"]["mean"] == pytest.approx(np.mean([row["psnr"] for row in of]), abs=1e-3)
     assert blind["worse"] == sum(row["psnr_aligned"] < row["psnr_input_aligned"] for row in of)
@@ -359,6 +361,21 @@ def test_bootstrap_interval_of_few_values():
     assert (low, high) == (0.0, 1.0)  # both draws equal in half of the cases
     with pytest.raises(ValueError, match="finite"):
         bootstrap_mean([1.0, math.inf])
+
+
+def test_settings_of_one_image_are_not_independent():
+    def rows(method, values):
+        return [
+            {"method": method, "source": "s", "set": "t", "image": image, "psnr": v}
+            for image, of in values.items() for v in of
+        ]  # fmt: skip
+
+    a, b = rows("a", {"x": [1.0, 3.0], "y": [10.0, 10.0]}), rows("b", {"x": [0.0, 2.0], "y": [8.0, 8.0]})
+    assert per_image(a, "psnr") == [2.0, 10.0]
+    found = summarise(a)["psnr"]
+    assert (found["mean"], found["low"], found["high"], found["count"]) == (6.0, 2.0, 10.0, 4)
+    (line,) = table_of_tests({"a": a, "b": b}, "b", "psnr", "PSNR").rows
+    assert line[1] == "2" and float(line[-1]) == 0.5  # two images of one sign: p = 2 / 2^2, not 2 / 2^4
 
 
 def test_paired_differences():

@@ -64,11 +64,22 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     for name in names:
         values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
         if values:
-            found[name] = bootstrap_mean(values)._asdict() | {"median": statistics.median(values), "count": len(values)}
+            interval = bootstrap_mean(per_image(rows, name))
+            found[name] = interval._asdict() | {"median": statistics.median(values), "count": len(values)}
     gains = [row["gain"] for row in rows if "gain" in row]
     if gains or found["errors"]:
         found["worse"] = sum(g < 0 for g in gains) + found["errors"]
     return found
+
+
+def per_image(rows: list[Row], name: str) -> list[float]:
+    """The mean of a figure over the cases of each image. Settings of one image are not independent: intervals and
+    tests count images."""
+    values: dict[tuple, list[float]] = {}
+    for row in rows:
+        if name in row and math.isfinite(row[name]):
+            values.setdefault((row["source"], row["set"], row["image"]), []).append(row[name])
+    return [statistics.mean(of) for of in values.values()]
 
 
 def common_cases(rows: list[Row], methods: list[str]) -> dict[str, list[Row]]:
@@ -182,8 +193,9 @@ def test_table(rows: dict[str, list[Row]], reference: str, name: str, label: str
     """Paired differences of a figure: each method minus the reference."""
     lines = []
     for method, of in rows.items():
-        pairs = [(a[name], b[name]) for a, b in zip(of, rows[reference], strict=True) if name in a and name in b]
-        pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        both = [(a, b) for a, b in zip(of, rows[reference], strict=True) if name in a and name in b]
+        both = [(a, b) for a, b in both if math.isfinite(a[name]) and math.isfinite(b[name])]
+        pairs = list(zip(*(per_image([pair[i] for pair in both], name) for i in (0, 1)), strict=True))
         if method == reference or len(pairs) < 2:
             continue
         t = paired(*zip(*pairs, strict=True))
@@ -191,7 +203,7 @@ def test_table(rows: dict[str, list[Row]], reference: str, name: str, label: str
         lines.append(
             [method, str(t.count), _interval(t.difference._asdict(), 3, "+"), f"{t.median:+.3f}", str(t.better), p]
         )
-    header = [f"{label}, minus {reference}", "pairs", "mean [95 %]", "median", "higher in", "p (Wilcoxon)"]
+    header = [f"{label}, minus {reference}", "images", "mean [95 %]", "median", "higher in", "p (Wilcoxon)"]
     return Table(header, lines) if lines else None
 
 
@@ -250,7 +262,7 @@ def write_report(out: Path) -> Path:
 HOW_TO_READ = (
     "All methods see the same observations. Aligned: after the best shift and gain, which blind deconvolution cannot "
     "know, and without a border. Gain: aligned PSNR over that of the input, aligned too. Worse: cases with less than "
-    "the input, and errors. Intervals: percentile bootstrap over the cases, 10000 draws. PSNR-SA: of the mean of the "
+    "the input, and errors. Intervals: bootstrap over the images. PSNR-SA: of the mean of the "
     "particles. Relative kernel error: squared distance over squared norm, after the best shift (1 is no kernel at "
     "all); correlation: greatest normalised cross-correlation. chi²: mean squared residual of image and kernel over "
     "the noise variance. SSIM: 11 x 11 Gaussian window of std 1.5, mean over pixels and channels. Network "
@@ -392,7 +404,7 @@ def _against_sigma(shared: dict[str, list[Row]], name: str, label: str, log: boo
         points = [
             (s, bootstrap_mean(v))
             for s in levels
-            if (v := [r[name] for r in rows if r["sigma"] == f"{s:g}" and name in r])
+            if (v := per_image([r for r in rows if r["sigma"] == f"{s:g}"], name))
         ]
         if points:
             x, y = [s for s, _ in points], [p.mean for _, p in points]
