@@ -375,6 +375,7 @@ def degrade_plan(
 
     Raises: as `deblur_plan`.
     """
+
     def blur(item: Item, picture: Picture) -> tuple[dict[str, bytes], dict]:
         own_seed = item_seed(seed, picture.sha256)
         k = motion_kernel(kernel_size, own_seed, family) if kernel is None else kernel

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastem import ops
-from fastem.guidance import Guidance, Number, Variance, default_r2, pseudo_inverse
-from fastem.initial import difference_spectra, fit_on_simplex
+from fastem.guidance import Guidance, Number, Variance, default_r2
+from fastem.initial import difference_spectra, drop_faint, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
 from fastem.samplers import DDPM, Eager, Execute, Noise, Rule, Sample, sample
@@ -83,40 +83,58 @@ class HQS:
 
 
 @dataclass(frozen=True)
+class EdgeState(KernelState):
+    """With the sums of `gradient_sums` over the steps so far."""
+
+    cross: Tensor  # (B, 1, H, W') complex
+    energy: Tensor  # (B, 1, H, W')
+
+
+@dataclass(frozen=True)
 class EdgeEM:
     """Fast EM from a coarse-to-fine start: the default.
 
     Starting at a delta, x0_hat is as blurry as y and the M-step returns the delta; `k_start` comes from
     `fastem.initial`. While the noise is high x0_hat has no edges to learn from and the kernel rests. Below `sigma_on`
-    the E-step is the posterior mean given y and the present kernel, and the M-step the least squares on the simplex in
-    the gradient domain, which is whiter: Eq. (24) with the projection inside the solve instead of after it.
+    each step adds its sums to those of the steps before, which count less with every step (online EM), and the M-step
+    is the least squares on the simplex in the gradient domain, which is whiter: Eq. (24) with the projection inside the
+    solve instead of after it. Values below `threshold` of the peak are dropped: they are what the noise leaves of an
+    empty background, and a hundred of them haze the image.
     """
 
     k_start: Tensor  # (B, 1, h, w)
-    sigma_on: float = 0.1  # of sigma_t, relative to [-1, 1]
+    sigma_on: float = 0.41  # of sigma_t, relative to [-1, 1]
     ridge: float = 0.3
-    num_iters: int = 20
-    inflation: float = 2.0  # of sigma in the E-step: the error of the kernel counts as noise
+    num_iters: int = 30
+    memory: float = 0.9  # weight of the sums of the step before
+    threshold: float = 0.05
     every: int = 1  # the kernel learns in steps whose index is a multiple of this, the last one among them
 
-    def start(self, observation: Observation) -> KernelState:
-        return KernelState(self.k_start.to(observation.y))
+    def start(self, observation: Observation) -> EdgeState:
+        k, Y = self.k_start.to(observation.y), observation.Y
+        cross = torch.zeros_like(Y[:, :1])
+        return EdgeState(k, cross, torch.zeros_like(cross.real))
 
     def rests(self, step: Step) -> bool:
         return step.sigma_t > self.sigma_on or step.index % self.every != 0
 
     def program(self) -> Hashable:
-        return EdgeEM, tuple(self.k_start.shape), self.ridge, self.num_iters, self.inflation
+        return EdgeEM, tuple(self.k_start.shape), self.ridge, self.num_iters, self.memory, self.threshold
 
-    def update(self, state: KernelState, X: Tensor, observation: Observation, r2: Number) -> KernelState:
-        K = ops.psf_to_otf(state.k, observation.size)
-        mean = X + r2 * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2)
+    def update(self, state: EdgeState, X: Tensor, observation: Observation, r2: Number) -> EdgeState:
         D = difference_spectra(observation.size, X)  # gradients are whiter: images have a power spectrum like 1 / f^2
         border = tuple(m // 2 for m in state.k.shape[-2:])
-        mean, linear = observation.for_kernel(mean, K)
-        cross, energy = gradient_sums(mean, linear, D, border)
+        X, linear = observation.for_kernel(X, ops.psf_to_otf(state.k, observation.size))
+        cross, energy = gradient_sums(X, linear, D, border)
+        cross, energy = self.memory * state.cross + cross, self.memory * state.energy + energy
         k = fit_on_simplex(cross, energy, state.k, observation.size, self.ridge, self.num_iters)
-        return KernelState(torch.where(torch.isfinite(k).all(-1).all(-1)[..., None, None], k, state.k))
+        k = drop_faint(k, self.threshold)
+        good = torch.isfinite(k).all(-1).all(-1)[..., None, None]
+        return EdgeState(
+            torch.where(good, k, state.k),
+            torch.where(good, cross, state.cross),
+            torch.where(good, energy, state.energy),
+        )
 
 
 def gradient_sums(
@@ -168,6 +186,7 @@ def diffusion_em(
     round before and the kernel is that of the last M-step; unless `compat="released"`, one more sampling run with the
     last kernel brings the two together. Known to stay at "no blur" on some images: it starts from a delta.
     """
+
     def draw(k: Tensor, round_: int) -> Sample:
         return sample(
             model, observation, Known(k), guidance, schedule, noise=noise(round_), rule=rule, r2=r2, execute=execute

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastem import io, noise, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em
-from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, default_r2, noise_r2
-from fastem.initial import CoarseToFine, find_kernel_size
+from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, Variance, default_r2, noise_r2
+from fastem.initial import CoarseToFine, centre_by_pixels, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
@@ -31,13 +31,15 @@ from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
 JPEG_INFLATION = 1.5  # of the error of the luminance: colours are stored coarser, and the error is not white
-TURBO_STEPS, TURBO_EVERY = 10, 2  # reverse steps, and in which of them the kernel learns
+TURBO_STEPS, TURBO_ROUNDS, TURBO_EVERY = 10, 1, 2  # reverse steps, rounds, and in which steps the kernel learns
 MIN_SIDE = 8  # pixels
 TIGHT_TILE = 256  # pixels: side of the tiles where memory has ended
 NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
 SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes minutes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
-INFLATION = 2.0  # of sigma where the kernel is an estimate
+EM_ROUNDS, EM_STEPS = 2, 10  # runs that look for the kernel, and their steps; one more run restores with it
+INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
+KERNEL_INFLATION = 1.3  # of sigma with the kernel that was found
 CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the noise, is searched for again
 SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens edges
@@ -51,6 +53,11 @@ class Method(StrEnum):
     FAST_EM = "fast-em"
     DIFFUSION_EM = "diffusion-em"
     KNOWN = "known"
+
+
+class Mode(StrEnum):
+    MEAN = "mean"
+    SAMPLE = "sample"
 
 
 class Guide(StrEnum):
@@ -206,6 +213,8 @@ class Deblurrer:
         compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
         m_step: `"edges"` (the default, from a coarse-to-fine start) or `"hqs"`, Eq. (22)-(25) from a delta.
         r2_term: Appendix D's r_t^2 term in the HQS M-step.
+        mode: `"mean"`, the best PSNR: the image is the mean of the particles, each averaged over its last steps; or
+            `"sample"`, a draw from the posterior: the particle whose residual is nearest to the noise.
         guard: images that show no blur are denoised only and come back with a delta kernel; M-step `"edges"` only.
         gamma: the blur happens in light, the photo stores about its `1 / gamma`-th power: 1 takes the pixels as light,
             2.2 is usual for cameras, `"auto"` tries both and keeps the one that explains the photo better.
@@ -232,7 +241,7 @@ class Deblurrer:
         self, prior: Any = "natural", *, method: str = "fast-em", guidance: str | None = None, steps: int | None = None,
         particles: int = 1, kernel_size: int | tuple[int, int] | str = 33, compat: str = "paper",
         kernel_prior: Any = "kernel", m_step: str | None = None, r2_term: bool = False, guard: bool = True,
-        gamma: float | str = 1.0, saturation: float | None = None, varying: bool = False,
+        mode: str = "mean", gamma: float | str = 1.0, saturation: float | None = None, varying: bool = False,
         lam: float | None = None, boundary: str = "auto", tile: int | None = None, device: str = "auto",
         backend: str = "auto", precision: str = "auto", preset: str = "exact",
     ) -> None:  # fmt: skip
@@ -247,11 +256,12 @@ class Deblurrer:
         if r2_term and self.m_step != "hqs":
             raise ValueError("r2_term belongs to the M-step 'hqs'; add m_step 'hqs', or leave r2_term out")
         self.r2_term, self.guard = r2_term, guard
+        self.mode = _choice("mode", mode, Mode)
         self.preset = _choice("preset", preset, ("exact", "turbo"))
         turbo = self.preset == "turbo"
         if turbo and (self.guidance is not Guide.MEAN or self.m_step != "edges" or self.method is Method.DIFFUSION_EM):
             raise ValueError("preset 'turbo' was measured for the default method, guidance and M-step; leave them out")
-        self.learn_every = TURBO_EVERY if turbo else 1
+        self.rounds, self.learn_every = (TURBO_ROUNDS, TURBO_EVERY) if turbo else (EM_ROUNDS, 1)
         default_steps = TURBO_STEPS if turbo else {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
@@ -295,7 +305,7 @@ class Deblurrer:
             "prior": str(self.prior_name), "prior_sha256": self.model.sha256, "method": str(self.method),
             "guidance": str(self.guidance), "steps": self.steps, "particles": self.particles,
             "kernel_size": "auto" if self.kernel_size is None else list(self.kernel_size), "compat": self.compat,
-            "m_step": self.m_step, "r2_term": self.r2_term, "guard": self.guard,
+            "m_step": self.m_step, "r2_term": self.r2_term, "guard": self.guard, "mode": str(self.mode),
             "gamma": self.gammas[0] if len(self.gammas) == 1 else "auto", "saturation": self.saturation,
             "varying": self.varying,
             "lam": self.lam, "boundary": self.boundary,
@@ -466,17 +476,13 @@ class Deblurrer:
         """One image `(1, C, H, W)` with a kernel per window, from its kernel as a whole: EM in two rounds."""
         observation = self._observe(y, sigma, canvas, 1.0)
         model = runtime.fit_to_size(self.model, observation.size, tile or self.tile)
-        schedule, rule = self._schedule()
-        noise = PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), 0)
-        first = schedule.step(len(schedule) - 1)
-        a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
-        x_start = a * (2 * observation.y[:, None] - 1) + s * noise.start()
+        schedule = self._schedule()
+        noise_ = PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), 0)
         windows = Windows.over(observation.size, tuple(k.shape[-2:]))
 
         def draw(blurs: VaryingBlur) -> Sample:
-            guidance = VaryingMean(blurs, INFLATION)
-            drawn = sample(model, observation, Known(k), guidance, schedule, noise=noise, rule=rule, x_start=x_start)
-            return Sample(drawn.x, k, drawn.trace)
+            guide = VaryingMean(blurs, INFLATION)
+            return self._draw(model, observation, Known(k), guide, schedule, noise_, average=self.mode is Mode.MEAN)
 
         with use_backend(self.backend):
             denoised = denoise_observation(model, observation)
@@ -495,10 +501,22 @@ class Deblurrer:
             notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): --varying")
         elif not 0.5 < chi2 < 2:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
+        image = job.picture.back(self._one_of(samples, k, job.picture.y[0], job.sigma))
         return Restoration(
-            job.picture.back(samples[0]), k.numpy().copy(), samples.permute(0, 2, 3, 1).numpy().copy(), job.sigma,
+            image, k.numpy().copy(), samples.permute(0, 2, 3, 1).numpy().copy(), job.sigma,
             job.estimated, chi2, list(trace), notes,
         )  # fmt: skip
+
+    def _one_of(self, samples: Tensor, k: Tensor, y: Tensor, sigma: float) -> Tensor:
+        """The image to show of particles `(n, C, H, W)`; the released program shows the first."""
+        if self.compat == "released" or len(samples) == 1:
+            return samples[0]
+        if self.mode is Mode.MEAN:
+            return samples.mean(dim=0)
+        border = [m // 2 for m in k.shape[-2:]]  # of the reblurred image, which wraps around there
+        inner = tuple(slice(b, n - b) if n > 4 * b else slice(None) for n, b in zip(y.shape[-2:], border, strict=True))
+        e = (blur(samples, k.expand(len(samples), 1, -1, -1)) - y)[(..., *inner)]
+        return samples[(e.square().mean(dim=(1, 2, 3)) / sigma**2 - 1).abs().argmin()]
 
     def _to_device(self, t: Tensor) -> Tensor:
         return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
@@ -544,72 +562,111 @@ class Deblurrer:
         jacobian = self.guidance is not Guide.MEAN
         runtime.check_memory(observation.size, particles, jacobian=jacobian, device=self.device)
         model = runtime.fit_to_size(self.model, observation.size, tile)
-        schedule, rule = self._schedule()
+        schedule = self._schedule()
         if isinstance(model, EpsModel):
             model.prepare([step.t for step in schedule.reverse()])
         trace: list[dict] = []
+        searched = 0 if kernel is not None or self.m_step == "hqs" else None  # steps it took to find the kernel
 
         def record(step, x0_hat, k) -> None:
             trace.append({"index": step.index, "t": step.t, "sigma_t": step.sigma_t})
             if on_step is not None:
-                on_step(len(trace), total)
+                search = self.rounds * min(EM_STEPS, self.steps)
+                ahead = search * math.ceil(len(trace) / search) if searched is None else searched
+                on_step(len(trace), len(schedule) + ahead)
 
         def philox(run: int) -> PhiloxNoise:
             return PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), run)
 
         prior = PnP(self.kernel_denoiser, self.lam)
-        r2 = noise_r2 if self.guidance is Guide.PIGDM else default_r2
-        total = len(schedule)
         with use_backend(self.backend):
             if self.method is Method.DIFFUSION_EM and kernel is None:
+                guide = self._guide()
                 drawn = diffusion_em(
-                    model, observation, self._guide(blind=False), schedule, prior=prior, kernel_size=ksize,
-                    noise=philox, compat=self.compat, rule=rule, r2=r2, execute=self.execute,
+                    model, observation, guide, schedule, prior=prior, kernel_size=ksize, noise=philox,
+                    compat=self.compat, rule=_rule(guide), r2=_r2(guide), execute=self.execute,
                 )  # fmt: skip
                 return drawn, canvas, trace
-            first = schedule.step(len(schedule) - 1)
-            x_start = None
-            if self.guidance is Guide.MEAN:  # the schedule starts where the low frequencies of y are right
-                a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
-                x_start = a * (2 * observation.y[:, None] - 1) + s * philox(0).start()
-
-            def draw(estimator: KernelEstimator) -> Sample:
-                return sample(
-                    model, observation, estimator, self._guide(blind=kernel is None), schedule, noise=philox(0),
-                    rule=rule, r2=r2, x_start=x_start, execute=self.execute, on_step=record,
-                )  # fmt: skip
-
             if kernel is not None:
-                return draw(Known(kernel.to(y))), canvas, trace
-            if self.m_step == "hqs":
-                return draw(HQS(prior, ksize, compat=self.compat, r2_ridge=self.r2_term)), canvas, trace
-            drawn = None
-            window, denoised = self._kernel_window(y, observation, ksize, tile)
-            widths = self._edge_widths(window, denoised)
-            sharp = widths < SHARP_WIDTH
+                known, sharp = kernel.to(y), torch.zeros(len(y), dtype=torch.bool, device=y.device)
+            elif self.m_step == "hqs":
+                estimator = HQS(prior, ksize, compat=self.compat, r2_ridge=self.r2_term)
+                guide = self._guide(INFLATION)
+                return self._draw(model, observation, estimator, guide, schedule, philox(0), record), canvas, trace
+            else:
+                known, sharp = self._find_kernel(y, observation, ksize, seeds, record, tile)
+                searched = len(trace)
             if bool(sharp.all()):
                 return self._denoised(model, observation, ksize), canvas, trace
-            for search in STARTS:  # each image keeps its first good answer, or the best of all
-                k_start = search(denoised.clamp(min=0) ** gamma, ksize, window.canvas, window.seen)
-                drawn_now = draw(EdgeEM(k_start, inflation=INFLATION, every=self.learn_every))
-                chi2 = reblur_chi2(drawn_now, y, canvas, observation.sigma, gamma, self._seen(y))
-                if drawn is None:
-                    drawn, best = drawn_now, chi2
-                else:
-                    better = ~(best <= CHI2_GOOD) & ~(chi2 >= best)  # also where the best so far is not finite
-                    x = torch.where(better.view(-1, 1, 1, 1, 1), drawn_now.x, drawn.x)
-                    k = torch.where(better.view(-1, 1, 1, 1), drawn_now.kernel, drawn.kernel)
-                    drawn, best = Sample(x, k), torch.where(better, chi2, best)
-                if bool((best <= CHI2_GOOD).all()) or y[0].numel() > SEARCH_AGAIN:
-                    break
-                total += len(schedule)
-            least, offset, slope = DOUBTFUL_WIDTH
-            sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_GOOD)
+            guide = self._guide(1.0 if kernel is not None else KERNEL_INFLATION)
+            average = self.mode is Mode.MEAN and self.guidance is Guide.MEAN and self.compat == "paper"
+            drawn = self._draw(model, observation, Known(known), guide, schedule, philox(0), record, average)
             if bool(sharp.any()):
                 plain = self._denoised(model, observation, ksize)
                 x = torch.where(sharp.view(-1, 1, 1, 1, 1), plain.x, drawn.x)
                 drawn = Sample(x, torch.where(sharp.view(-1, 1, 1, 1), plain.kernel, drawn.kernel))
         return drawn, canvas, trace
+
+    def _draw(
+        self, model: torch.nn.Module, observation: Observation, estimator: KernelEstimator, guide: Guidance,
+        schedule: Schedule, noise_: PhiloxNoise, record: Any = None, average: bool = False,
+    ) -> Sample:  # fmt: skip
+        """One run of the sampler; `average` takes for each particle the mean of its x0_hat in the last steps."""
+        x_start, kept, last = None, [], math.ceil(len(schedule) / 3)
+        if not guide.jacobian:  # the schedule starts where the low frequencies of y are right
+            first = schedule.step(len(schedule) - 1)
+            a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
+            x_start = a * (2 * observation.y[:, None] - 1) + s * noise_.start()
+
+        def keep(step, x0_hat, k) -> None:
+            if average and step.index < last:
+                kept[:] = [kept[0] + x0_hat if kept else x0_hat.clone()]
+            if record is not None:
+                record(step, x0_hat, k)
+
+        drawn = sample(
+            model, observation, estimator, guide, schedule, noise=noise_, rule=_rule(guide), r2=_r2(guide),
+            x_start=x_start, execute=self.execute, on_step=keep,
+        )  # fmt: skip
+        if kept:
+            drawn.x = 2 * kept[0] / last - 1
+        return drawn
+
+    def _find_kernel(
+        self, y: Tensor, observation: Observation, ksize: tuple[int, int], seeds: Tensor, record: Any,
+        tile: int | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The kernel of each image, `(B, 1, h, w)`, and whether it shows no blur, `(B,)`: a start, then rounds of EM.
+
+        Each image keeps its first kernel that explains it, or the best of all; each search starts from other constants.
+        """
+        y, window, denoised = self._kernel_window(y, observation, ksize, tile)
+        model = runtime.fit_to_size(self.model, window.size, tile)
+        widths = self._edge_widths(window, denoised)
+        sharp = widths < SHARP_WIDTH
+        if bool(sharp.all()):
+            return delta_kernel(len(y), ksize).to(y), sharp
+        canvas = window.canvas or Canvas(*window.size, window.size)
+        schedule = Schedule.karras(min(EM_STEPS, self.steps), SIGMA_MAX, SIGMA_MIN)
+        light = denoised.clamp(min=0) ** observation.gamma
+        found = delta_kernel(len(y), ksize).to(y)
+        best = torch.full((len(y),), math.inf, device=y.device)
+        for search in STARTS:
+            k = search(light, ksize, window.canvas, window.seen)
+            for run in range(1, self.rounds + 1):
+                noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]), run)
+                estimator = EdgeEM(k, every=self.learn_every)
+                drawn = self._draw(model, window, estimator, PosteriorMean(INFLATION), schedule, noise_, record)
+                k = centre_by_pixels(drawn.kernel)
+            chi2 = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y))
+            better = ~(best <= CHI2_GOOD) & (chi2 < best)
+            found = torch.where(better.view(-1, 1, 1, 1), k, found)
+            best = torch.where(better, chi2, best)
+            if bool((best <= CHI2_GOOD).all()) or observation.y[0].numel() > SEARCH_AGAIN:
+                break
+        least, offset, slope = DOUBTFUL_WIDTH
+        sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_GOOD)
+        return found, sharp
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
         seen = self._seen(y)
@@ -630,7 +687,7 @@ class Deblurrer:
         start = (min(FIRST_AUTO, largest),) * 2
         canvas = self._canvas(y, start)
         with use_backend(self.backend):
-            window, denoised = self._kernel_window(y, self._observe(y, sigma, canvas, gamma), start, tile)
+            _, window, denoised = self._kernel_window(y, self._observe(y, sigma, canvas, gamma), start, tile)
             frame = canvas if window.canvas is None else window.canvas
             light = frame.crop(denoised).clamp(min=0) ** gamma
             seen = None if window.seen is None else frame.crop(window.seen)
@@ -653,23 +710,23 @@ class Deblurrer:
 
     def _kernel_window(
         self, y: Tensor, observation: Observation, ksize: tuple[int, int], tile: int | None
-    ) -> tuple[Observation, Tensor]:
-        """What the first kernel is searched on, the image or the busiest window of a large one; and it denoised."""
+    ) -> tuple[Tensor, Observation, Tensor]:
+        """Where the kernel is searched, the image or the busiest window of a large one; as observed; and denoised."""
         window = runtime.busiest_window(y)
         if window.shape != y.shape:
             canvas = Canvas.around((window.shape[-2], window.shape[-1]), ksize)
             observation = self._observe(window, observation.sigma, canvas, observation.gamma)
         model = runtime.fit_to_size(self.model, observation.size, tile)
-        return observation, denoise_observation(model, observation)
+        return window, observation, denoise_observation(model, observation)
 
-    def _guide(self, *, blind: bool) -> Guidance:
-        mean = PosteriorMean(INFLATION if blind else 1.0)
+    def _guide(self, inflation: float = 1.0) -> Guidance:
+        mean = PosteriorMean(inflation)
         return {Guide.MEAN: mean, Guide.PIGDM: PiGDM(self.compat), Guide.DPS: DPS(self.compat)}[self.guidance]
 
-    def _schedule(self) -> tuple[Schedule, Rule]:
+    def _schedule(self) -> Schedule:
         if self.guidance is Guide.MEAN:
-            return Schedule.karras(self.steps, SIGMA_MAX, SIGMA_MIN), Renoise(0.5)
-        return Schedule.linear().respace(self.steps), DDPM()
+            return Schedule.karras(self.steps, SIGMA_MAX, SIGMA_MIN)
+        return Schedule.linear().respace(self.steps)
 
     def _canvas(self, y: Tensor, ksize: tuple[int, int]) -> Canvas:
         size = (y.shape[-2], y.shape[-1])
@@ -696,6 +753,14 @@ class Deblurrer:
             [],
             ["W_NO_INFORMATION: the image is constant"],
         )
+
+
+def _rule(guide: Guidance) -> Rule:
+    return DDPM() if guide.jacobian else Renoise()
+
+
+def _r2(guide: Guidance) -> Variance:
+    return noise_r2 if isinstance(guide, PiGDM) else default_r2
 
 
 def reblur_chi2(

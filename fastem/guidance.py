@@ -18,6 +18,8 @@ from fastem.operators import Observation
 from fastem.schedules import Step
 
 Number = float | Tensor  # on the host, or 0-dim on a device
+IMPUTATIONS = 3  # rounds of EM over pixels that were not measured, per step
+
 Variance = Callable[[float], float]  # sigma_t -> r^2, the mean squared error of x0_hat; both in [-1, 1] units
 
 
@@ -50,8 +52,18 @@ def pseudo_inverse(X: Tensor, K: Tensor, observation: Observation, sigma: Tensor
         return ops.wiener_guidance(X, observation.Y, K, sigma**2, r2_t)  # Eq. (17)
     E, n = observation.residual(X, K), X.shape[1]  # particles differ where y was not measured: each is an image here
     rows = [v.repeat_interleave(n, dim=0) for v in (K, sigma**2, r2_t)]
-    V = ops.wiener_guidance(torch.zeros_like(E).flatten(0, 1)[:, None], E.flatten(0, 1), *rows)
-    return V.view_as(X)
+
+    def inverse(E: Tensor) -> Tensor:
+        V = ops.wiener_guidance(torch.zeros_like(E).flatten(0, 1)[:, None], E.flatten(0, 1), *rows)
+        return V.view_as(X)
+
+    V = inverse(E)
+    if observation.gamma == 1:
+        hidden = 1 - observation.measured
+        for _ in range(IMPUTATIONS):  # what was not measured is what the present mean predicts there
+            predicted = torch.fft.irfft2(r2 * K[:, None] * V, s=observation.size)
+            V = inverse(E + torch.fft.rfft2(predicted * hidden))
+    return V
 
 
 @dataclass(frozen=True)

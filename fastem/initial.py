@@ -119,8 +119,7 @@ class CoarseToFine:
         energy = Gy.real**2 + Gy.imag**2 + Gx.real**2 + Gx.imag**2
         cross = Gy.conj() * (Dy * Y) + Gx.conj() * (Dx * Y)
         fitted = fit_on_simplex(cross, energy, k, shape, self.ridge, self.solver_iters)
-        fitted = torch.where(fitted < self.threshold * fitted.amax(dim=(-2, -1), keepdim=True), 0.0, fitted)
-        fitted = centre_by_pixels(fitted / fitted.sum(dim=(-2, -1), keepdim=True))
+        fitted = centre_by_pixels(drop_faint(fitted, self.threshold))
         good = torch.isfinite(fitted).all(dim=-1).all(dim=-1)[..., None, None]
         return torch.where(good, fitted, k)
 
@@ -196,6 +195,12 @@ def shrink(y: Tensor, shape: tuple[int, int]) -> Tensor:
     top, left = height // 2 - shape[0] // 2, width // 2 - shape[1] // 2
     Y = torch.fft.ifftshift(Y[..., top : top + shape[0], left : left + shape[1]], dim=(-2, -1))
     return torch.fft.ifft2(Y).real * (shape[0] * shape[1] / (height * width))
+
+
+def drop_faint(k: Tensor, threshold: float) -> Tensor:
+    """Kernels without their values below this part of the peak; the rest sums to 1."""
+    k = torch.where(k < threshold * k.amax(dim=(-2, -1), keepdim=True), 0.0, k)
+    return k / k.sum(dim=(-2, -1), keepdim=True)
 
 
 def centre_by_pixels(k: Tensor) -> Tensor:

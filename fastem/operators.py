@@ -101,9 +101,13 @@ class Observation:
             linear = torch.fft.rfft2(torch.fft.irfft2(X, s=self.size).clamp(0, 1) ** self.gamma)
             predicted = torch.fft.irfft2(K[:, None] * linear, s=self.size).clamp(0, 1) ** (1 / self.gamma)
             e = self.y[:, None] - predicted
-        if self.canvas is not None:
-            e = e * self.canvas.inside((0, 0), self.y)
-        return torch.fft.rfft2(e if self.seen is None else e * self.seen[:, None])
+        return torch.fft.rfft2(e * self.measured)
+
+    @property
+    def measured(self) -> Tensor:
+        """1 where y was measured, 0 elsewhere; broadcasts with `(B, n, C, H, W)`."""
+        inside = self.y.new_ones(self.size) if self.canvas is None else self.canvas.inside((0, 0), self.y)
+        return inside if self.seen is None else inside * self.seen[:, None]
 
     def for_kernel(self, X: Tensor, K: Tensor) -> tuple[Tensor, Observation]:
         """X and an observation between which the kernel is a plain convolution: for the M-step.

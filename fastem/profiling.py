@@ -171,7 +171,7 @@ def prepare(workload: Workload) -> Callable[[int], None]:
             estimator = HQS(PnP(load_kernel_denoiser("kernel").to(device)), ksize)
         else:  # at every step, not only where the noise is low
             start = delta_kernel(workload.batch, ksize).to(device)
-            estimator = EdgeEM(start, sigma_on=math.inf, inflation=INFLATION)
+            estimator = EdgeEM(start, sigma_on=math.inf)
     seeds = torch.arange(workload.batch, dtype=torch.int64, device=device)
     noise = PhiloxNoise(seeds, workload.particles, tuple(y.shape[1:]))
     guidance = {"mean": PosteriorMean(INFLATION), "pigdm": PiGDM(), "dps": DPS()}[workload.guidance]
@@ -180,7 +180,7 @@ def prepare(workload: Workload) -> Callable[[int], None]:
 
     def run(steps: int) -> None:
         if workload.guidance == "mean":
-            schedule, rule = Schedule.karras(steps, SIGMA_MAX, SIGMA_MIN), Renoise(0.5)
+            schedule, rule = Schedule.karras(steps, SIGMA_MAX, SIGMA_MIN), Renoise()
         else:
             schedule, rule = Schedule.linear().respace(steps), DDPM()
         with use_backend(workload.backend):

@@ -101,9 +101,13 @@ class DDPM:
 
 @dataclass(frozen=True)
 class Renoise:
-    """Zhu et al. 2023 (DiffPIR), Eq. (13): a part `zeta` of the noise is fresh, the rest is the estimated noise."""
+    """Zhu et al. 2023 (DiffPIR), Eq. (13): a part `zeta` of the noise is fresh, the rest is the estimated noise.
 
-    zeta: float = 0.5
+    All of it fresh is best by far where guidance replaces x0_hat: what the network takes for noise in a guided x_t is
+    partly the error of the guidance, and noise that carries it along brings it back at the next step.
+    """
+
+    zeta: float = 1.0
 
     def coefficients(self, step: Step) -> tuple[float, float, float]:
         level = 1 - step.alpha_bar_prev

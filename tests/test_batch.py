@@ -374,7 +374,9 @@ class Together(Engine):
         for r in requests:
             on_step(1, 2)
             try:
-                yield self(r.image, sigma=r.sigma, seed=r.seed, kernel=kernel, lossy=r.lossy)
+                yield self(
+                    r.image, sigma=r.sigma, seed=r.seed, kernel=kernel, lossy=r.lossy, quantization=r.quantization
+                )
             except Exception as error:
                 yield error
 

@@ -49,6 +49,9 @@ def deblur(
     saturation: Annotated[
         str, typer.Option(metavar="off|1..255", help="grey level from which on highlights are clipped, and ignored")
     ] = "off",
+    mode: Annotated[
+        str, typer.Option(metavar="mean|sample", help="mean: the best PSNR; sample: a draw from the posterior, crisper")
+    ] = "mean",
     varying: Annotated[bool, typer.Option("--varying", help="look for a blur that changes over the image")] = False,
     guard: Annotated[bool, typer.Option(help="denoise only where no blur is seen")] = True,
     boundary: Annotated[
@@ -106,7 +109,7 @@ def deblur(
     with console.options_checked():
         engine = Deblurrer(
             prior, method=method, guidance=guidance, steps=steps, particles=particles, kernel_size=size,
-            compat=compat, m_step=m_step, r2_term=r2_term, guard=guard, varying=varying,
+            compat=compat, m_step=m_step, r2_term=r2_term, mode=mode, guard=guard, varying=varying,
             gamma=light, saturation=clipped, boundary=boundary, tile=tile, device=device, backend=backend,
             precision=precision, preset=preset,
         )  # fmt: skip

@@ -89,7 +89,8 @@ def _image_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last or x.device.type == "cuda" else torch.contiguous_format
 
 
-def _register() -> None:
+def _register() -> str | None:
+    """Tells torch the shapes of the results; in words what the extension lacks."""
     like_first = ("wiener_guidance", "project_kernel", "project_simplex", "recentre", "denoise_chain", "step_update")
     fakes = {
         "spectral_sums": _spectral_sums,
@@ -104,9 +105,13 @@ def _register() -> None:
         "step_update_philox": lambda x_t, *rest: _dense(x_t),
         **{op: lambda first, *rest: _dense(first) for op in like_first},
     }
+    missing = [op for op in fakes if not hasattr(torch.ops.fastem, op)]
+    if missing:
+        return f"it was built from older sources and lacks {', '.join(missing)}; build it again (make native)"
     for op, fake in fakes.items():
         torch.library.register_fake(f"fastem::{op}", fake)
+    return None
 
 
 if available():
-    _register()
+    _problem = _register()
