@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fastem import io, noise, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em
-from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, Variance, default_r2, noise_r2
+from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, Variance, default_r2, noise_r2, still_r2
 from fastem.initial import CoarseToFine, centre_by_pixels, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
 from fastem.ops.backend import Backend, use_backend
-from fastem.samplers import DDPM, Eager, KernelEstimator, PhiloxNoise, Renoise, Rule, Sample, sample
+from fastem.samplers import DDPM, Eager, KernelEstimator, PhiloxNoise, PlugAndPlay, Renoise, Rule, Sample, sample
 from fastem.schedules import Schedule
 from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit_kernels
 
@@ -213,8 +213,9 @@ class Deblurrer:
         compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
         m_step: `"edges"` (the default, from a coarse-to-fine start) or `"hqs"`, Eq. (22)-(25) from a delta.
         r2_term: Appendix D's r_t^2 term in the HQS M-step.
-        mode: `"mean"`, the best PSNR: the image is the mean of the particles, each averaged over its last steps; or
-            `"sample"`, a draw from the posterior: the particle whose residual is nearest to the noise.
+        mode: `"mean"`, the best PSNR: guidance "mean" draws no noise but that of the start, and the image is the mean
+            of the particles; or `"sample"`, a draw from the posterior: the particle whose residual is nearest to the
+            noise.
         guard: images that show no blur are denoised only and come back with a delta kernel; M-step `"edges"` only.
         gamma: the blur happens in light, the photo stores about its `1 / gamma`-th power: 1 takes the pixels as light,
             2.2 is usual for cameras, `"auto"` tries both and keeps the one that explains the photo better.
@@ -482,7 +483,7 @@ class Deblurrer:
 
         def draw(blurs: VaryingBlur) -> Sample:
             guide = VaryingMean(blurs, INFLATION)
-            return self._draw(model, observation, Known(k), guide, schedule, noise_, average=self.mode is Mode.MEAN)
+            return self._draw(model, observation, Known(k), guide, schedule, noise_, still=self.mode is Mode.MEAN)
 
         with use_backend(self.backend):
             denoised = denoise_observation(model, observation)
@@ -599,8 +600,8 @@ class Deblurrer:
             if bool(sharp.all()):
                 return self._denoised(model, observation, ksize), canvas, trace
             guide = self._guide(1.0 if kernel is not None else KERNEL_INFLATION)
-            average = self.mode is Mode.MEAN and self.guidance is Guide.MEAN and self.compat == "paper"
-            drawn = self._draw(model, observation, Known(known), guide, schedule, philox(0), record, average)
+            still = self.mode is Mode.MEAN and self.guidance is Guide.MEAN
+            drawn = self._draw(model, observation, Known(known), guide, schedule, philox(0), record, still)
             if bool(sharp.any()):
                 plain = self._denoised(model, observation, ksize)
                 x = torch.where(sharp.view(-1, 1, 1, 1, 1), plain.x, drawn.x)
@@ -609,28 +610,19 @@ class Deblurrer:
 
     def _draw(
         self, model: torch.nn.Module, observation: Observation, estimator: KernelEstimator, guide: Guidance,
-        schedule: Schedule, noise_: PhiloxNoise, record: Any = None, average: bool = False,
+        schedule: Schedule, noise_: PhiloxNoise, record: Any = None, still: bool = False,
     ) -> Sample:  # fmt: skip
-        """One run of the sampler; `average` takes for each particle the mean of its x0_hat in the last steps."""
-        x_start, kept, last = None, [], math.ceil(len(schedule) / 3)
+        """One run of the sampler; `still`: without noise but that of its start, for guidances that have no Jacobian."""
+        x_start = None
         if not guide.jacobian:  # the schedule starts where the low frequencies of y are right
             first = schedule.step(len(schedule) - 1)
             a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
             x_start = a * (2 * observation.y[:, None] - 1) + s * noise_.start()
 
-        def keep(step, x0_hat, k) -> None:
-            if average and step.index < last:
-                kept[:] = [kept[0] + x0_hat if kept else x0_hat.clone()]
-            if record is not None:
-                record(step, x0_hat, k)
-
-        drawn = sample(
-            model, observation, estimator, guide, schedule, noise=noise_, rule=_rule(guide), r2=_r2(guide),
-            x_start=x_start, execute=self.execute, on_step=keep,
+        return sample(
+            model, observation, estimator, guide, schedule, noise=noise_, rule=PlugAndPlay() if still else _rule(guide),
+            r2=still_r2 if still else _r2(guide), x_start=x_start, execute=self.execute, on_step=record,
         )  # fmt: skip
-        if kept:
-            drawn.x = 2 * kept[0] / last - 1
-        return drawn
 
     def _find_kernel(
         self, y: Tensor, observation: Observation, ksize: tuple[int, int], seeds: Tensor, record: Any,

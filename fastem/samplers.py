@@ -116,7 +116,18 @@ class Renoise:
         return mean_x0, mean_xt, math.sqrt(self.zeta * level)
 
 
-Rule = DDPM | DDIM | Renoise
+@dataclass(frozen=True)
+class PlugAndPlay:
+    """Zhang et al. 2021 (DPIR): no noise is drawn, the network is only told a falling level of it.
+
+    Half-quadratic splitting with the network as the proximal map: one image near the mode, and the best PSNR.
+    """
+
+    def coefficients(self, step: Step) -> tuple[float, float, float]:
+        return math.sqrt(step.alpha_bar_prev), 0.0, 0.0
+
+
+Rule = DDPM | DDIM | Renoise | PlugAndPlay
 
 
 @dataclass
@@ -237,7 +248,7 @@ Execute = Callable[[StepBody, Observation, object, Tensor, Sequence[StepConstant
 
 def sample(
     model: nn.Module, observation: Observation, estimator: KernelEstimator, guidance: Guidance, schedule: Schedule,
-    *, noise: Noise, rule: Rule = DDPM(), r2: Variance = default_r2, x_start: Tensor | None = None,
+    *, noise: Noise | None, rule: Rule = DDPM(), r2: Variance = default_r2, x_start: Tensor | None = None,
     vjp_down_to: float = 0.0, execute: Execute = Eager, on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Draws particles from the posterior of the sharp images, asking the estimator for the kernel at every step.
@@ -248,7 +259,7 @@ def sample(
         estimator: what knows or finds the kernel; see `fastem.em`.
         guidance: `PiGDM`, `DPS` (one vector-Jacobian product a step) or `PosteriorMean` (none).
         schedule: the steps, from `Schedule`.
-        noise: x_T and the noise of each step, `(B, n, C, H, W)`.
+        noise: x_T and the noise of each step, `(B, n, C, H, W)`; None where neither is drawn.
         rule: `DDPM`, `DDIM` or `Renoise`.
         r2: mean squared error of x0_hat as a function of the noise level, in [-1, 1] units.
         x_start: particles at the first step in network range, instead of `noise.start()`.
@@ -267,8 +278,10 @@ def sample(
         c = table[row]
         pulls = guidance.jacobian and c.gain != 0 and step.sigma_t >= vjp_down_to
         phase = Phase(learns=not estimator.rests(step), pulls=pulls)
-        draw = noise.draw(step.index) if isinstance(noise, PhiloxNoise) else partial(noise.step, step.index)
-        run.advance(row, draw if c.std else None, phase)
+        draw = None
+        if c.std:
+            draw = noise.draw(step.index) if isinstance(noise, PhiloxNoise) else partial(noise.step, step.index)
+        run.advance(row, draw, phase)
         if on_step is not None:
             on_step(step, run.x0_hat, run.state.k)
     return Sample(run.x_t, run.state.k)

@@ -11,10 +11,10 @@ from torch import nn
 from fastem import guidance as guidance_module
 from fastem import ops
 from fastem.em import Known
-from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2, pseudo_inverse
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2, pseudo_inverse, still_r2
 from fastem.models import GaussianEps
 from fastem.operators import Canvas, Observation, blur
-from fastem.samplers import DDIM, DDPM, PhiloxNoise, Renoise, evaluate, sample
+from fastem.samplers import DDIM, DDPM, PhiloxNoise, PlugAndPlay, Renoise, evaluate, sample
 from fastem.schedules import Schedule
 
 
@@ -153,6 +153,24 @@ def test_released_weights():
 
 
 # ---------------------------------------------------------------------------------------------------- rules
+
+
+def test_plug_and_play_draws_no_noise():
+    """Nothing is drawn, so nothing is needed that draws; and without a blur the image comes out as it went in."""
+    schedule, y = Schedule.karras(5, 1.0), uniform(2, 3, 6, 6, seed=1)
+    for step in schedule.reverse():
+        assert PlugAndPlay().coefficients(step) == (math.sqrt(step.alpha_bar_prev), 0.0, 0.0)
+    observation = Observation.of(y, torch.full((2,), 0.05, dtype=y.dtype))
+    delta = torch.ones(1, 1, 1, 1, dtype=y.dtype)
+    runs = [
+        sample(
+            GaussianEps(torch.zeros(3, 6, 6), 0.5**2), observation, Known(delta), PosteriorMean(), schedule, noise=None,
+            rule=PlugAndPlay(), r2=still_r2, x_start=start,
+        ).x
+        for start in (2 * y[:, None] - 1, 2 * y[:, None] - 1)
+    ]  # fmt: skip
+    assert torch.equal(*runs) and still_r2(0.3) == 2 * default_r2(0.3)
+    assert ((runs[0][:, 0] + 1) / 2 - y).abs().max() < 0.1  # no blur, little noise: y is the answer
 
 
 @pytest.mark.parametrize("schedule", [Schedule.linear().respace(50), Schedule.karras(15, 1)], ids=["linear", "karras"])
