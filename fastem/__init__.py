@@ -19,7 +19,7 @@ _HOMES = {
     "fastem.batch": ("deblur",),
     "fastem.engine": ("Deblurrer", "Restoration"),
     "fastem.em": ("EdgeEM", "HQS", "Known", "diffusion_em"),
-    "fastem.samplers": ("DDIM", "DDPM", "PhiloxNoise", "Renoise", "sample"),
+    "fastem.samplers": ("DDIM", "DDPM", "PhiloxNoise", "PlugAndPlay", "Renoise", "sample"),
     "fastem.guidance": ("DPS", "PiGDM", "PosteriorMean"),
     "fastem.mstep": ("L1", "L2", "PnP", "mstep"),
     "fastem.operators": ("Observation", "blur"),

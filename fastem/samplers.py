@@ -260,7 +260,7 @@ def sample(
         guidance: `PiGDM`, `DPS` (one vector-Jacobian product a step) or `PosteriorMean` (none).
         schedule: the steps, from `Schedule`.
         noise: x_T and the noise of each step, `(B, n, C, H, W)`; None where neither is drawn.
-        rule: `DDPM`, `DDIM` or `Renoise`.
+        rule: `DDPM`, `DDIM`, `Renoise` or `PlugAndPlay`.
         r2: mean squared error of x0_hat as a function of the noise level, in [-1, 1] units.
         x_start: particles at the first step in network range, instead of `noise.start()`.
         vjp_down_to: at lower noise levels (sigma_t) the Jacobian of x0_hat counts as sqrt(alpha_bar), its limit at no
