@@ -348,6 +348,16 @@ def test_operations_are_counted_right(config, size):
     assert counter.get_total_flops() == pytest.approx(6 * model.flops(*size), rel=0.08)  # no gradient of x
 
 
+def test_scales_take_part_equally_often():
+    """A copy of half the side has a quarter of the pixels, and must come up as often as the whole."""
+    image = np.zeros((128, 128, 3), np.uint8)
+    image[::2] = 255  # stripes, which averaging over two rows makes gray
+    pool = ImagePool([image], 32, scales=(1.0, 0.5))
+    crops = pool.sample(400, torch.Generator().manual_seed(0))
+    whole = (crops.std(dim=(1, 2, 3)) > 0.5).float().mean()
+    assert 0.4 < whole < 0.6  # by pixels alone it would be 0.8
+
+
 def test_bfloat16_computes_all_but_the_output(tmp_path, photos):
     """What runs on GPUs, on a CPU: same path, same weights in float32, nearly the same training."""
     half = train_image_prior([photos], tmp_path / "half", QUICK, TINY_PRIOR, amp=True)

@@ -2,7 +2,7 @@
 
 from fastem.training.core import BandBalance, Ema, TrainConfig, Trainer
 from fastem.training.diffusion_prior import kernel_task, tilt_task, train_diffusion_prior
-from fastem.training.image_prior import ImagePool, multi_scale, sample_sigma, train_image_prior
+from fastem.training.image_prior import ImagePool, sample_sigma, train_image_prior
 from fastem.training.kernel_denoiser import KernelPool, train_kernel_denoiser
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "kernel_task",
-    "multi_scale",
     "sample_sigma",
     "tilt_task",
     "train_diffusion_prior",

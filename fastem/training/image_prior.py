@@ -16,17 +16,33 @@ from fastem import io
 from fastem.models.checkpoints import load_model, save_natural
 from fastem.models.eps import DenoiserEps
 from fastem.models.natural import SIZES, NaturalConfig, NaturalPrior
+from fastem.runtime.placement import has_native
 from fastem.training import parallel
 from fastem.training.core import BandBalance, TrainConfig, Trainer, tell
 from fastem.training.data import Pictures, hold_out, read_pictures, validation_split, without
 from fastem.training.validation import validate
 
+SCALES = (1.0, 0.75, 0.6, 0.5)  # of the training pictures
+
 
 class ImagePool:
-    """uint8 RGB images of different sizes in one flat tensor, cropped at random on its device."""
+    """uint8 RGB images of different sizes in one flat tensor, cropped at random on its device.
 
-    def __init__(self, images: list[np.ndarray], patch: int, device: str | torch.device = "cpu") -> None:
-        images = [image for image in images if min(image.shape[:2]) >= patch]
+    Args:
+        scales: each image takes part at each of them (antialiased), all scales equally often: smaller copies are
+            sharper, and free of compression artefacts and subsampled chroma.
+    """
+
+    def __init__(
+        self,
+        images: list[np.ndarray],
+        patch: int,
+        device: str | torch.device = "cpu",
+        scales: tuple[float, ...] = (1.0,),
+    ) -> None:
+        copies = [(image if scale == 1 else io.resize(image, scale), scale) for image in images for scale in scales]
+        copies = [(image, scale) for image, scale in copies if min(image.shape[:2]) >= patch]
+        images = [image for image, _ in copies]
         if not images:
             raise ValueError(
                 f"no training image is at least {patch} pixels on its short side; give larger images or --patch"
@@ -37,7 +53,8 @@ class ImagePool:
         self.heights, self.widths = sizes[:, 0].to(device), sizes[:, 1].to(device)
         self.offsets = torch.cat([torch.zeros(1, dtype=torch.long), pixels.cumsum(0)[:-1]]).to(device)
         self.flat = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in images])).to(device)
-        self.weights = pixels.double().to(device)  # every pixel is equally likely
+        # of one scale every pixel is equally likely
+        self.weights = (pixels / torch.tensor([scale**2 for _, scale in copies])).double().to(device)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """`(count, 3, patch, patch)` float32 in [-1, 1]: random crops, flipped, rotated, recoloured."""
@@ -62,11 +79,6 @@ class ImagePool:
         crops = torch.where(gray, crops.mean(dim=1, keepdim=True).expand_as(crops), crops)
         gain = (0.8 + 0.4 * uniform())[:, None, None, None]
         return ((crops + 1) * gain - 1).clamp(-1, 1)
-
-
-def multi_scale(images: list[np.ndarray], scales: tuple[float, ...] = (1.0, 0.75, 0.5)) -> list[np.ndarray]:
-    """Each image at each scale (antialiased): smaller copies are sharper and free of compression artefacts."""
-    return [image if scale == 1 else io.resize(image, scale) for image in images for scale in scales]
 
 
 def sample_sigma(count: int, generator: torch.Generator, device: torch.device | str) -> Tensor:
@@ -99,7 +111,7 @@ def train_image_prior(
     Args:
         init: weights a fresh run starts from, a bundled name or a file.
         validation: pictures to validate on, instead of a validation folder beside `train/` or of those held out.
-        amp: whether the network computes in bfloat16, all but its last layer; by default on GPUs that can.
+        amp: whether the network computes in bfloat16, all but its last layer; by default on devices that can.
 
     Raises:
         ValueError: if there is nothing to train on, or `init` does not fit the network or the run to resume.
@@ -107,7 +119,8 @@ def train_image_prior(
     out.mkdir(parents=True, exist_ok=True)
     with parallel.joined(device) as device:
         on_gpu = device.startswith("cuda")
-        amp = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) if amp is None else amp
+        if amp is None:
+            amp = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else has_native(torch.bfloat16)
         torch.manual_seed(config.seed)
         model = NaturalPrior(network)
         notes = {} if init is None else {"init": _start_from(init, model)}
@@ -119,7 +132,7 @@ def train_image_prior(
                 f"{out} holds a run to resume that did not start from {init}: leave out --init, or give another folder"
             )
         training, held_out = read_data(data, validation)
-        pool = ImagePool(multi_scale([pixels for _, pixels in training]), config.patch, device)
+        pool = ImagePool([pixels for _, pixels in training], config.patch, device, SCALES)
 
         def loss_of(model: nn.Module, generator: torch.Generator, balance: BandBalance) -> Tensor:
             clean = pool.sample(config.batch_size, generator)
