@@ -36,7 +36,8 @@ from fastem.em import HQS, EdgeEM, delta_kernel
 from fastem.engine import INFLATION, SIGMA_MAX, SIGMA_MIN
 from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2
 from fastem.models import EpsModel, UNet, UNetConfig, UNetEps, load_kernel_denoiser, load_model
-from fastem.models.unet import GroupNorm32, batch_times
+from fastem.models.frozen import Conv
+from fastem.models.unet import GroupNorm32, ResBlock, batch_times
 from fastem.mstep import PnP
 from fastem.operators import Observation, blur
 from fastem.ops import native
@@ -103,6 +104,10 @@ class CompiledUNet(UNetEps):
         for module in self.net.modules():
             if isinstance(module, GroupNorm32):
                 module.then_silu = MethodType(_plain_norm_silu, module)
+            if isinstance(module, ResBlock):
+                module.fuse = False
+            if isinstance(module, Conv):
+                module.forward = MethodType(_plain_conv, module)
         self.net.compile(**(options or {"mode": "max-autotune"}))
 
     def forward(self, x_t: Tensor, t: Tensor | float) -> Tensor:
@@ -115,6 +120,10 @@ def _plain_norm_silu(self: GroupNorm32, x: Tensor, film: tuple | None = None, sk
         scale, shift = (v[..., None, None].to(h.dtype) for v in film)
         h = torch.addcmul(shift, h, 1 + scale)
     return nn.functional.silu(h)
+
+
+def _plain_conv(self: Conv, x: Tensor, n_out: int | None = None) -> Tensor:
+    return nn.functional.conv2d(x, self.weight[:n_out], self.bias[:n_out], padding=self.padding)
 
 
 def load_prior(workload: Workload, device: torch.device) -> EpsModel:
@@ -381,7 +390,7 @@ def _support_flops(k: Tensor) -> float:
 
 def _fused_conv_flops(args: tuple, out: Any) -> float:
     x, _, kind, n_out = args[:4]
-    return 2 * x.numel() * n_out * (9, 1, 4)[kind]  # 3x3; 2x2 of stride 2, a quarter of the pixels; its transpose
+    return 2 * x.numel() * n_out * (9, 1, 4, 1)[kind]  # 3x3; 2x2 of stride 2, at a quarter of the pixels; back; 1x1
 
 
 _FLOPS: dict[str, Callable[[tuple, Any], float]] = {

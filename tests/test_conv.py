@@ -35,9 +35,10 @@ def problem(kind: ConvKind, n: int, height: int, width: int, n_in: int, n_out: i
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    side, taps = (3, 9) if kind is ConvKind.SAME else (2, 4 if kind is ConvKind.DOWN else 1)
+    side = {ConvKind.SAME: 3, ConvKind.POINT: 1}.get(kind, 2)
+    taps = 1 if kind is ConvKind.UP else side**2
     weight = randn(*((n_in, n_out) if kind is ConvKind.UP else (n_out, n_in)), side, side) / (taps * n_in) ** 0.5
-    scale = {ConvKind.SAME: 1, ConvKind.DOWN: 0.5, ConvKind.UP: 2}[kind]
+    scale = {ConvKind.DOWN: 0.5, ConvKind.UP: 2}.get(kind, 1)
     shape = (n, int(height * scale), int(width * scale), n_out)
     return dict(x=randn(n, height, width, n_in), weight=weight, gain=randn(n, n_out), offset=randn(1, n_out),
                 factor=randn(*shape), residual=randn(*shape))  # fmt: skip

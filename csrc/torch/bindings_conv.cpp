@@ -13,7 +13,7 @@ using fastem::ConvKind;
 using OptionalTensor = std::optional<Tensor>;
 
 ConvKind kind_of(int64_t kind) {
-  TORCH_CHECK_VALUE(kind >= 0 && kind <= 2, "kind must be 0 (3x3), 1 (down) or 2 (up), got ", kind);
+  TORCH_CHECK_VALUE(kind >= 0 && kind <= 3, "kind must be 0 (3x3), 1 (down), 2 (up) or 3 (1x1), got ", kind);
   return static_cast<ConvKind>(kind);
 }
 
@@ -26,7 +26,7 @@ void check_floats(const Tensor& t, const char* name) {
 Tensor conv_pack(const Tensor& weight_, int64_t kind) {
   const Tensor weight = weight_.contiguous();
   fastem::ConvParams p{kind_of(kind), 0, 0, 0, 0, 0};
-  const int64_t side = p.kind == ConvKind::k3x3 ? 3 : 2;
+  const int64_t side = p.kind == ConvKind::k3x3 ? 3 : p.kind == ConvKind::k1x1 ? 1 : 2;
   check_floats(weight, "weight");
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == side && weight.size(3) == side, "weight must be (.., .., ",
                     side, ", ", side, "), got ", weight.sizes());

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastem import ops
+from fastem.models import frozen
+from fastem.models.frozen import Conv
 
 IMAGE_SIZE = {4: 64, 5: 128, 6: 256, 7: 512}  # of the published networks, by number of levels
 PREPARED = 4  # schedules whose tables a network keeps
@@ -164,7 +166,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = Conv(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(_double(x))
@@ -194,34 +196,67 @@ def _halve(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
+ADJOINTS = {_same: _same, _double: lambda x: 4 * _halve(x), _halve: lambda x: _double(0.25 * x)}
+
+
 class ResBlock(nn.Module):
-    """`skip(x) + conv(act(film(norm(conv(resample(act(norm(x))))), emb)))`, with `x` resampled alike."""
+    """`skip(x) + conv(act(film(norm(conv(resample(act(norm(x))))), emb)))`, with `x` resampled alike.
+
+    `plain` is the specification, and what runs where weights are trained; `frozen.fused_block` is the same, faster.
+    """
+
+    fuse = True
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, resample=_same) -> None:
         super().__init__()
         self.scale_shift, self.resample = config.scale_shift, resample
         features = 2 * c_out if config.scale_shift else c_out
-        self.in_layers = nn.Sequential(GroupNorm32(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm32(c_in), nn.SiLU(), Conv(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.base, features))
         self.out_layers = nn.Sequential(
-            GroupNorm32(c_out), nn.SiLU(), nn.Identity(), _zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+            GroupNorm32(c_out), nn.SiLU(), nn.Identity(), _zeroed(Conv(c_out, c_out))
         )  # the identity stands where training has its dropout
-        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.skip_connection = nn.Identity() if c_in == c_out else Conv(c_in, c_out, 1)
+        self._layers = (*self.in_layers[::2], self.emb_layers[1], *self.out_layers[::3], self.skip_connection)
         self.up_weight: Tensor | None = None  # instead of up-sampling and convolution, see `merged_upsampling`
 
     def merged_upsampling(self) -> Tensor | None:
         """Nearest x2 and the convolution behind it as one transposed convolution, with 4 / 9 of the operations."""
         return sub_pixel_weight(self.in_layers[2].weight.detach()) if self.resample is _double else None
 
-    def forward(self, x: Tensor, emb: Tensor | None, film: Tensor | None = None) -> Tensor:
-        """`film` is `emb_layers(emb)` where it was computed before, for one image or all."""
+    def weights(self) -> Iterator[Tensor]:
+        """All parameters; `parameters` takes as long as a small convolution."""
+        for layer in self._layers:
+            yield from layer._parameters.values()
+
+    @property
+    def resamples(self) -> bool:
+        return self.resample is not _same
+
+    @property
+    def resample_adjoint(self) -> Callable[[Tensor], Tensor]:
+        return ADJOINTS[self.resample]
+
+    def forward(
+        self, x: Tensor, emb: Tensor | None, film: Tensor | None = None, skip: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """`film` is `emb_layers(emb)` where it was computed before, for one image or all.
+
+        With `skip` it is the block of x and skip concatenated; only `plain` writes the concatenation.
+        """
+        e = self.emb_layers(emb) if film is None else film.expand(len(x), -1)
+        engine = frozen.engine_for(self, x, e, skip) if self.fuse else None
+        if engine is not None:
+            return frozen.fused_block(self, x, e, skip, engine)
+        return self.plain(x if skip is None else torch.cat([x, skip], dim=1), e)
+
+    def plain(self, x: Tensor, e: Tensor) -> Tensor:
         norm, _, conv = self.in_layers
         h = norm.then_silu(x)
         if self.up_weight is None:
             h = conv(self.resample(h))
         else:
             h = F.conv_transpose2d(h, self.up_weight, conv.bias, stride=2, padding=1)
-        e = self.emb_layers(emb) if film is None else film.expand(len(x), -1)
         norm, _, _, conv = self.out_layers
         if self.scale_shift:
             scale, shift = e.chunk(2, dim=1)
@@ -248,23 +283,29 @@ class AttentionBlock(nn.Module):
         self.proj_out = _zeroed(nn.Conv1d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)  # (N, width, H W)
-        qkv = self.qkv(self.norm(flat))
+        flat = self.norm(x.flatten(2)).transpose(1, 2)  # (N, H W, width)
+        qkv = F.linear(flat, self.qkv.weight[:, :, 0], self.qkv.bias)
         if self.new_order:
-            qkv = qkv.unflatten(1, (3, self.heads, -1)).transpose(1, 2)
+            qkv = qkv.unflatten(2, (3, self.heads, -1)).transpose(2, 3)
         else:
-            qkv = qkv.unflatten(1, (self.heads, 3, -1))
-        q, k, v = qkv.transpose(-1, -2).unbind(2)  # each (N, heads, H W, d)
+            qkv = qkv.unflatten(2, (self.heads, 3, -1))
+        # Each (N, heads, H W, d), d adjacent in memory: the fused kernels of torch want it so.
+        q, k, v = qkv.transpose(1, 2).unbind(3)
         h = F.scaled_dot_product_attention(q, k, v)  # softmax in float32 whatever the dtype
-        return x + self.proj_out(h.transpose(-1, -2).flatten(1, 2)).view_as(x)
+        h = F.linear(h.transpose(1, 2).flatten(2), self.proj_out.weight[:, :, 0], self.proj_out.bias)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Block(nn.Sequential):
     """Layers of one resolution; the time embedding, or what was made of it, goes to those that take it."""
 
-    def forward(self, x: Tensor, emb: Tensor | None, films: Iterator[Tensor] = iter(())) -> Tensor:  # noqa: B008 (empty)
+    def forward(
+        self, x: Tensor, emb: Tensor | None, films: Iterator[Tensor] = iter(()), skip: Tensor | None = None  # noqa: B008
+    ) -> Tensor:  # fmt: skip
+        """With `skip` the first layer, a residual block, sees x and skip concatenated."""
         for layer in self:
-            x = layer(x, emb, next(films, None)) if isinstance(layer, ResBlock) else layer(x)
+            x = layer(x, emb, next(films, None), skip) if isinstance(layer, ResBlock) else layer(x)
+            skip = None
         return x
 
 
@@ -305,7 +346,7 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(config.base, emb), nn.SiLU(), nn.Linear(emb, emb))
 
         width = config.widths[0]
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(Conv(config.in_channels, width))])
         skips = [width]
         for level in levels:
             for _ in range(config.num_blocks):
@@ -328,9 +369,7 @@ class UNet(nn.Module):
                     up = ResBlock(width, width, config, _double) if config.resblock_updown else Upsample(width)
                     layers.append(up)
                 self.output_blocks.append(Block(*layers))
-        self.out = nn.Sequential(
-            GroupNorm32(width), nn.SiLU(), _zeroed(nn.Conv2d(width, config.out_channels, 3, padding=1))
-        )
+        self.out = nn.Sequential(GroupNorm32(width), nn.SiLU(), _zeroed(Conv(width, config.out_channels)))
         self.num_outputs = config.out_channels  # fewer drop the last channels
         self.prepared: Prepared | None = None
         self._prepared: OrderedDict[tuple, Prepared] = OrderedDict()
@@ -415,11 +454,10 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, films)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, films)
+            h = block(h, emb, films, skips.pop())
         norm, _, conv = self.out
         h = norm.then_silu(h.to(conv.weight.dtype))
-        n = self.num_outputs
-        return F.conv2d(h, conv.weight[:n], conv.bias[:n], padding=1).to(x.dtype)
+        return conv(h, self.num_outputs).to(x.dtype)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:

@@ -63,7 +63,7 @@ def run(op: str, *args):
             f"{op} has no backward on the {backend.value} backend and an input requires grad. "
             "Call it under torch.no_grad(), or differentiate with use_backend(Backend.REFERENCE)."
         )
-    return getattr(_implementation(backend), op)(*args)
+    return getattr(implementation(backend), op)(*args)
 
 
 def select(op: str, tensors: Sequence[Tensor]) -> Backend:
@@ -98,14 +98,15 @@ def _native_problem(op: str, tensors: Sequence[Tensor]) -> str | None:
 def _triton_problem(op: str, tensors: Sequence[Tensor]) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed. Install it with pip install triton"
-    if op not in _implementation(Backend.TRITON).__all__:
-        return f"it has no Triton twin; those of {', '.join(_implementation(Backend.TRITON).__all__)} have one"
+    if op not in implementation(Backend.TRITON).__all__:
+        return f"it has no Triton twin; those of {', '.join(implementation(Backend.TRITON).__all__)} have one"
     if os.environ.get("TRITON_INTERPRET") != "1" and any(t.device.type != "cuda" for t in tensors):
         return "the tensors are not on a GPU. Move them there, or start with TRITON_INTERPRET=1 (slow, for tests)"
     return None
 
 
-def _implementation(backend: Backend) -> ModuleType:
+def implementation(backend: Backend) -> ModuleType:
+    """What has the ops of a backend that `select` found, under their names: for callers that checked once for many."""
     if backend is Backend.REFERENCE:
         return reference
     return torch.ops.fastem if backend is Backend.NATIVE else importlib.import_module("kernels_triton")

@@ -1,7 +1,7 @@
 """Convolutions of a network whose weights are frozen, channels last, with what surrounds them fused in.
 
 Activations are `(N, H, W, C)`, float32, contiguous. Kinds: `SAME` is 3x3 with stride 1 and zero padding 1, `DOWN` is
-2x2 with stride 2, `UP` its transpose; weights are those of `torch.nn.Conv2d` and `ConvTranspose2d`.
+2x2 with stride 2, `UP` its transpose, `POINT` 1x1; weights are those of `torch.nn.Conv2d` and `ConvTranspose2d`.
 
 The native 3x3 kernel is Winograd's F(4x4, 3x3) (Lavin and Gray 2016) with the points 0, +-11/16, +-3/2, infinity and
 sums cut at 16 channels: its error is that of a direct convolution in float32.
@@ -23,6 +23,7 @@ class ConvKind(IntEnum):
     SAME = 0
     DOWN = 1
     UP = 2
+    POINT = 3
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def reference_conv(
     elif kind is ConvKind.DOWN:
         z = F.conv2d(x, weight, stride=2)
     else:
-        z = F.conv2d(x, weight, padding=1)
+        z = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
     t = z.permute(0, 2, 3, 1)
     if gain is not None:
         t = t * gain[:, None, None]
@@ -91,7 +92,7 @@ def pack_conv(weight: Tensor, kind: ConvKind = ConvKind.SAME) -> PackedConv:
 
 def pack_adjoint(weight: Tensor, kind: ConvKind = ConvKind.SAME) -> PackedConv:
     """The same for the adjoint of this convolution, which is its gradient with respect to the input."""
-    if kind is ConvKind.SAME:
+    if kind in (ConvKind.SAME, ConvKind.POINT):
         return pack_conv(weight.flip(2, 3).transpose(0, 1), kind)
     return pack_conv(weight, ConvKind.UP if kind is ConvKind.DOWN else ConvKind.DOWN)
 

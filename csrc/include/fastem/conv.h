@@ -10,6 +10,7 @@ enum class ConvKind : int64_t {
   k3x3 = 0,   // stride 1, zero padding 1; weight (out, in, 3, 3)
   kDown = 1,  // 2x2, stride 2; weight (out, in, 2, 2)
   kUp = 2,    // its transpose; weight (in, out, 2, 2)
+  k1x1 = 3,   // weight (out, in, 1, 1)
 };
 
 struct ConvParams {
