@@ -48,13 +48,16 @@ class Noise(Protocol):
 
 @dataclass(frozen=True)
 class PhiloxDraw:
-    """The noise of one step by its counter: called it is a tensor, but the update can draw it on the way."""
+    """The noise of one step by its counter: called it is a tensor, but the update can draw it on the way.
+
+    In a recorded step index and stream are 0-dim int64 tensors, which are read on their device.
+    """
 
     seeds: Tensor
     particles: int
     shape: tuple[int, ...]
-    index: int
-    stream: int
+    index: int | Tensor
+    stream: int | Tensor
 
     def __call__(self) -> Tensor:
         return ops.philox_normal(self.seeds, self.particles, self.shape, step=self.index, stream=self.stream)
@@ -155,12 +158,13 @@ class StepConstants(NamedTuple):
     c0: Number  # weights of x0_hat, x_t and the noise in x_{t-1}
     ct: Number
     std: Number
+    index: Number  # of the step in the schedule: a word of the counter of its noise
 
     @classmethod
     def of(cls, step: Step, guidance: Guidance, rule: Rule, r2: Variance) -> StepConstants:
         gain = guidance.gain(step, r2) if guidance.jacobian else 0.0
         coefficients = rule.coefficients(step)
-        return cls(step.t, step.alpha_bar, guidance.r2(step, r2), r2(step.sigma_t) / 4, gain, *coefficients)
+        return cls(step.t, step.alpha_bar, guidance.r2(step, r2), r2(step.sigma_t) / 4, gain, *coefficients, step.index)
 
 
 Draw = Callable[[], Tensor]  # of the noise of one step, (B, n, C, H, W)
@@ -222,6 +226,7 @@ class Execution(Protocol):
     x_t: Tensor
     x0_hat: Tensor
     state: object
+    kernel: Tensor  # that of the state
 
     def advance(self, row: int, noise: Draw | None, phase: Phase) -> None:
         """The step of row `row` of the table of constants; rows come in order, from 0."""
@@ -236,6 +241,10 @@ class Eager:
     ) -> None:
         self.body, self.observation, self.table = body, observation, table
         self.x_t, self.x0_hat, self.state = x_t, x_t, state
+
+    @property
+    def kernel(self) -> Tensor:
+        return self.state.k
 
     def advance(self, row: int, noise: Draw | None, phase: Phase) -> None:
         self.x_t, self.state, self.x0_hat = self.body(
@@ -283,7 +292,7 @@ def sample(
             draw = noise.draw(step.index) if isinstance(noise, PhiloxNoise) else partial(noise.step, step.index)
         run.advance(row, draw, phase)
         if on_step is not None:
-            on_step(step, run.x0_hat, run.state.k)
+            on_step(step, run.x0_hat, run.kernel)
     return Sample(run.x_t, run.state.k)
 
 

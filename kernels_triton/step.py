@@ -14,11 +14,21 @@ BLOCK = 1024  # elements per program; a multiple of 4, the normals of one Philox
 
 
 @triton.jit
-def _predict_x0_kernel(x_ptr, eps_ptr, x0_ptr, mask_ptr, count, s_hi, s_lo, inv_a, BLOCK: tl.constexpr):
+def _predict_x0_kernel(
+    x_ptr, eps_ptr, x0_ptr, mask_ptr, alpha_bar_ptr, count, s_hi, s_lo, inv_a,
+    ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """x0_raw = (x_t - s eps) / a, Eq. (12); clamped and mapped to [0, 1]; mask = not clamped.
 
-    s = s_hi + s_lo beyond float32: at large t the difference is hundreds of times smaller than its terms.
+    s = s_hi + s_lo beyond float32: at large t the difference is hundreds of times smaller than its terms. ON_DEVICE
+    they come from the float64 behind alpha_bar_ptr.
     """
+    if ON_DEVICE:
+        alpha_bar = tl.load(alpha_bar_ptr)
+        s = tl.sqrt(1.0 - alpha_bar)
+        s_hi = s.to(tl.float32)
+        s_lo = (s - s_hi.to(tl.float64)).to(tl.float32)
+        inv_a = (1.0 / tl.sqrt(alpha_bar)).to(tl.float32)
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = e < count
     minus_eps = -tl.load(eps_ptr + e, keep)
@@ -28,18 +38,24 @@ def _predict_x0_kernel(x_ptr, eps_ptr, x0_ptr, mask_ptr, count, s_hi, s_lo, inv_
     tl.store(mask_ptr + e, tl.where(raw == x0, 1.0, 0.0), keep)
 
 
-def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float) -> tuple[Tensor, Tensor]:
+def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> tuple[Tensor, Tensor]:
     """x0_hat of Eq. (12), clamped and mapped from [-1, 1] to [0, 1], and where the clamp let it through.
 
-    x_t, eps float32 in network range, any equal shape -> x0_hat in [0, 1] and a mask of 0 and 1.
+    x_t, eps float32 in network range, any equal shape -> x0_hat in [0, 1] and a mask of 0 and 1. alpha_bar may be a
+    float64 tensor, which the kernel reads.
     """
     x_t, eps = x_t.contiguous(), eps.contiguous()
     x0_hat, mask = torch.empty_like(x_t), torch.empty_like(x_t)
-    count, s = x_t.numel(), math.sqrt(1 - alpha_bar)
-    s_hi = struct.unpack("f", struct.pack("f", s))[0]  # s in float32
+    count, place, numbers = x_t.numel(), None, (0.0, 0.0, 0.0)
+    if isinstance(alpha_bar, Tensor):
+        place = alpha_bar
+    else:
+        s = math.sqrt(1 - alpha_bar)
+        s_hi = struct.unpack("f", struct.pack("f", s))[0]  # s in float32
+        numbers = s_hi, s - s_hi, 1 / math.sqrt(alpha_bar)
     with torch.cuda.device_of(x_t):
         _predict_x0_kernel[(triton.cdiv(count, BLOCK),)](
-            x_t, eps, x0_hat, mask, count, s_hi, s - s_hi, 1 / math.sqrt(alpha_bar), BLOCK=BLOCK
+            x_t, eps, x0_hat, mask, place, count, *numbers, ON_DEVICE=place is not None, BLOCK=BLOCK
         )
     return x0_hat, mask
 
@@ -92,10 +108,15 @@ def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int, stre
 @triton.jit(do_not_specialize=["step", "stream"])
 def _step_update_kernel(
     x_ptr, x0_ptr, noise_ptr, guidance_ptr, seeds_ptr, out_ptr,  # rows (b, i) of `count` elements
-    n_particles, count, c0, ct, std, gain, step, stream,
-    NOISE: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+    n_particles, count, c0, ct, std, gain, step, stream,  # ON_DEVICE pointers to float64, and int64 for the last two
+    NOISE: tl.constexpr, GUIDED: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance, Eq. (15)."""
+    if ON_DEVICE:
+        c0, ct = tl.load(c0).to(tl.float32), tl.load(ct).to(tl.float32)
+        std, gain = tl.load(std).to(tl.float32), tl.load(gain).to(tl.float32)
+        if NOISE == "philox":
+            step, stream = tl.load(step), tl.load(stream)
     row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     e = first + tl.arange(0, BLOCK)
@@ -114,10 +135,14 @@ def _step_update_kernel(
 
 def step_update(
     x_t: Tensor, x0_hat: Tensor, noise: Tensor | None, guidance: Tensor | None,
-    c0: float, ct: float, std: float, gain: float,
+    c0: float | Tensor, ct: float | Tensor, std: float | Tensor, gain: float | Tensor,
 ) -> Tensor:  # fmt: skip
-    """`x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance`, Eq. (15); any equal shapes, float32."""
-    noisy, guided = bool(std), guidance is not None and bool(gain)
+    """`x_{t-1} = c0 (2 x0_hat - 1) + ct x_t + std noise + gain guidance`, Eq. (15); any equal shapes, float32.
+
+    The four numbers may all be float64 tensors, which the kernel reads.
+    """
+    on_device = isinstance(std, Tensor)
+    noisy, guided = on_device or bool(std), guidance is not None and (on_device or bool(gain))
     x_t, x0_hat = x_t.contiguous(), x0_hat.contiguous()
     out = torch.empty_like(x_t)
     count = x_t.numel()
@@ -127,20 +152,23 @@ def step_update(
             noise.contiguous() if noisy else None,
             guidance.contiguous() if guided else None,
             None, out, 1, count, c0, ct, std, gain, 0, 0,
-            NOISE="tensor" if noisy else "none", GUIDED=guided, BLOCK=BLOCK,
+            NOISE="tensor" if noisy else "none", GUIDED=guided, ON_DEVICE=on_device, BLOCK=BLOCK,
         )  # fmt: skip
     return out
 
 
 def step_update_philox(
     x_t: Tensor, x0_hat: Tensor, guidance: Tensor | None, seeds: Tensor,
-    c0: float, ct: float, std: float, gain: float, step: int, stream: int,
+    c0: float | Tensor, ct: float | Tensor, std: float | Tensor, gain: float | Tensor,
+    step: int | Tensor, stream: int | Tensor,
 ) -> Tensor:  # fmt: skip
     """`step_update` with the noise of `philox_normal(seeds, n, (C, H, W), step, stream)` made on the way.
 
-    x_t, x0_hat, guidance `(B, n, C, H, W)` float32, seeds `(B,)` int64.
+    x_t, x0_hat, guidance `(B, n, C, H, W)` float32, seeds `(B,)` int64. The last six may all be tensors of one value,
+    float64 and for step and stream int64, which the kernel reads.
     """
-    guided = guidance is not None and bool(gain)
+    on_device = isinstance(std, Tensor)
+    noisy, guided = on_device or bool(std), guidance is not None and (on_device or bool(gain))
     x_t, x0_hat, seeds = x_t.contiguous(), x0_hat.contiguous(), seeds.contiguous()
     out = torch.empty_like(x_t)
     batch, n = x_t.shape[:2]
@@ -149,6 +177,6 @@ def step_update_philox(
         _step_update_kernel[triton.cdiv(count, BLOCK), batch * n](
             x_t, x0_hat, None, guidance.contiguous() if guided else None, seeds, out,
             n, count, c0, ct, std, gain, step, stream,
-            NOISE="philox" if std else "none", GUIDED=guided, BLOCK=BLOCK,
+            NOISE="philox" if noisy else "none", GUIDED=guided, ON_DEVICE=on_device, BLOCK=BLOCK,
         )  # fmt: skip
     return out

@@ -185,11 +185,12 @@ def test_one_recorded_step_serves_every_row_of_a_table():
     """The numbers of a step and its index are read on the device, at every replay."""
     table = torch.tensor([[0.3, 0.6, 0.1, 0.02], [0.2, 0.5, 0.3, -0.1]], dtype=torch.float64, device=DEVICE)
     row, seeds = torch.zeros(1, dtype=torch.int64, device=DEVICE), SEEDS[:2].to(DEVICE)
+    stream = torch.zeros((), dtype=torch.int64, device=DEVICE)
     x, x0, guidance = (random(2, 3, 5, 7, seed=s).to(DEVICE) for s in range(3))
 
     def update():
         numbers = table.index_select(0, row)[0].unbind()
-        return torch.ops.fastem.step_update_philox(x, x0, guidance, seeds, 0, 0, 0, 0, 0, 1, *numbers, row)
+        return torch.ops.fastem.step_update_philox(x, x0, guidance, seeds, 0, 0, 0, 0, 0, 1, *numbers, row, stream)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -200,8 +201,9 @@ def test_one_recorded_step_serves_every_row_of_a_table():
         out = update()
     for i in range(2):
         row.fill_(i)
+        stream.fill_(2 * i + 1)
         graph.replay()
-        expected = torch.ops.fastem.step_update_philox(x, x0, guidance, seeds, *table[i].tolist(), i, 1)
+        expected = torch.ops.fastem.step_update_philox(x, x0, guidance, seeds, *table[i].tolist(), i, 2 * i + 1)
         assert torch.equal(out, expected)
 
 

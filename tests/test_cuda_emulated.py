@@ -157,7 +157,7 @@ def test_philox(cuda, shape):
     for guide in (guidance, None):
         out = result(*noise.shape)
         numbers = (0.4, 0.6, 0.3, -0.7)
-        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guide, out, *numbers, None, None, 3, 2, count, 7, 1)
+        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guide, out, *numbers, None, None, None, 3, 2, count, 7, 1)
         assert_close(out, reference.step_update(*wide(x_t, x0_hat, noise, guide), 0.4, 0.6, 0.3, -0.7))
 
 
@@ -167,14 +167,16 @@ def test_numbers_and_step_may_be_read_on_the_device(cuda):
     wrong = (9.0, 9.0, 9.0, 9.0)
     x0_hat, mask, out, expected = (result(*x_t.shape) for _ in range(4))
     for alpha_bar, row, numbers in ((0.6, 7, [0.4, 0.6, 0.3, -0.7]), (4e-5, 8, [0.1, 0.8, 0.2, 0.0])):
-        given, step = torch.tensor(numbers, dtype=torch.float64), torch.tensor([row])
+        given = torch.tensor(numbers, dtype=torch.float64)
+        step, run = torch.tensor([row]), torch.tensor([2 * row + 1])
         on_device = torch.tensor([alpha_bar], dtype=torch.float64)
         call(cuda.predict_x0, x_t, eps, x0_hat, mask, c_double(0.5), on_device, x_t.numel())
         call(cuda.predict_x0, x_t, eps, expected, mask, c_double(alpha_bar), None, x_t.numel())
         assert torch.equal(x0_hat, expected)
         sizes = (3, 2, 33)
-        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guidance, out, *wrong, given, step, *sizes, 99, 1)
-        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guidance, expected, *numbers, None, None, *sizes, row, 1)
+        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guidance, out, *wrong, given, step, run, *sizes, 99, 98)
+        words = (None, None, *sizes, row, 2 * row + 1)
+        call(cuda.step_update_philox, x_t, x0_hat, SEEDS, guidance, expected, *numbers, None, *words)
         assert torch.equal(out, expected)
         call(cuda.step_update, x_t, x0_hat, eps, guidance, out, *wrong, given, x_t.numel())
         call(cuda.step_update, x_t, x0_hat, eps, guidance, expected, *numbers, None, x_t.numel())

@@ -97,6 +97,13 @@ def test_no_step_waits_for_the_device(model, guidance, name):
     assert torch.isfinite(drawn.x).all()
     assert len(waits) <= 3, waits  # of the start: the table, the kernels of the estimator
     assert len(launches) in (0, 6), launches  # 0: this profiler does not see the runtime
+    graphs_at = [e.time_range.start for e in profile.events() if e.name == "cudaGraphLaunch"]
+    others = [
+        e.name for e in profile.events()
+        if e.name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaMemcpyAsync", "cudaMemsetAsync")
+        and graphs_at and min(graphs_at) < e.time_range.start < max(graphs_at)
+    ]  # fmt: skip
+    assert not others, others  # a step is one launch: its noise is drawn inside
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastem.em import HQS, EdgeEM, Known
 from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2
@@ -14,7 +15,7 @@ from fastem.mstep import L2, PnP
 from fastem.operators import Canvas, Observation
 from fastem.ops import native, use_backend
 from fastem.runtime import NoSync, StepGraphs, SyncError
-from fastem.runtime.graphs import Recording
+from fastem.runtime.graphs import Program, Recording
 from fastem.samplers import DDPM, Eager, Phase, PhiloxNoise, Renoise, StepBody, StepConstants, sample
 from fastem.schedules import Schedule
 
@@ -73,14 +74,18 @@ def schedule_of(guidance, steps=4):
     return Schedule.karras(steps, 1.0), Renoise(), default_r2
 
 
-def draw(execute, model, guidance, name, canvas=None, seed=0, steps=4, dtype=torch.float32, vjp_down_to=0.0):
+def draw(
+    execute, model, guidance, name, canvas=None, seed=0, steps=4, dtype=torch.float32, vjp_down_to=0.0, run=0,
+    counted=True,
+):  # fmt: skip
     schedule, rule, r2 = schedule_of(guidance, steps)
     seen = []
-    noise = PhiloxNoise(torch.tensor([seed, 7]), 2, (3, *SIZE))
+    noise = PhiloxNoise(torch.tensor([seed, 7]), 2, (3, *SIZE), run)
     x_start = noise.start().to(dtype)
     drawn = sample(
         model, observation(seed, canvas, dtype), estimators(kernels(2, seed, dtype))[name], guidance, schedule,
-        noise=Cast(noise, dtype), rule=rule, r2=r2, x_start=x_start, execute=execute, vjp_down_to=vjp_down_to,
+        noise=noise if counted and dtype is torch.float32 else Cast(noise, dtype),
+        rule=rule, r2=r2, x_start=x_start, execute=execute, vjp_down_to=vjp_down_to,
         on_step=lambda step, x0_hat, k: seen.append((x0_hat.clone(), k.clone())),
     )  # fmt: skip
     return [drawn.x, drawn.kernel, *(t for pair in seen for t in pair)]
@@ -150,10 +155,53 @@ def test_wrong_rows_would_show():
         def stuck(*args):
             recording = graphs(*args)
             step = recording.step
-            recording.step = lambda phase: (step(phase), recording._row.zero_())
+            recording.step = lambda program: (step(program), recording._row.zero_())
             return recording
 
         assert not torch.equal(draw(stuck, natural(), GUIDANCES["mean"], "known")[0], expected[0])
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["in the step", "from a buffer"])
+def test_noise_of_a_recorded_step_is_that_of_the_host(counted):
+    """To the bit, for every stream (an outer iteration of Diffusion EM has its own) and seed, on one recording."""
+    model, graphs = natural(), StepGraphs()
+    with use_backend("reference"):
+        seen = []
+        for run, seed in ((0, 0), (1, 0), (0, 3), (0, 0)):
+            options = {"run": run, "seed": seed}
+            expected = draw(Eager, model, GUIDANCES["mean"], "known", **options)
+            actual = draw(graphs, model, GUIDANCES["mean"], "known", counted=counted, **options)
+            assert len(graphs) == 1 and all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+            seen.append(actual[0])
+    assert torch.equal(seen[0], seen[3])
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_a_step_is_one_launch():
+    """Beside the recorded program, only the first step of a run does anything at all."""
+    made = recording(natural(), GUIDANCES["mean"], "edges", None)
+    phase, noise = Phase(True, False), PhiloxNoise(torch.tensor([1, 2]), 2, (3, *SIZE))
+    made._programs = {Program(phase, draws): lambda: None for draws in (True, False)}
+    launched = []
+    for row, draw in enumerate([noise.draw(3), noise.draw(2), noise.draw(1), None]):
+        with Launches() as launches:
+            made.advance(row, draw, phase)
+            assert made.kernel.shape[-2:] == KSIZE and made.x0_hat.shape[-2:] == SIZE  # what a caller is shown
+        launched.append(launches.names)
+    assert launched == [["aten::copy_", "aten::fill_"], [], [], []]
+    with Launches() as launches:
+        made.advance(4, lambda: noise.step(0), phase)
+    assert launches.names  # noise of another kind goes through a buffer
+
+
+class Launches(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def test_recordings_are_bounded_and_freed():
@@ -207,10 +255,10 @@ def test_a_step_reads_no_value(guidance, name, canvas, backend_name):
     guidance = GUIDANCES[guidance]
     with use_backend(backend_name):
         made = recording(natural(), guidance, name, canvas)
-        for phase in (Phase(True, guidance.jacobian), Phase(False, False)):
-            made.step(phase)  # what is made once is made here
+        for phase, draws in ((Phase(True, guidance.jacobian), True), (Phase(False, False), False)):
+            made.step(Program(phase, draws))  # what is made once is made here
             with NoSync():
-                made.step(phase)
+                made.step(Program(phase, draws))
 
 
 @pytest.mark.parametrize(
@@ -225,9 +273,10 @@ def test_a_step_stays_on_its_device(network, guidance, name):
     guidance = GUIDANCES[guidance]
     with use_backend("reference"):
         made = recording(network().to("meta"), guidance, name, CANVASES["canvas"], "meta")
-        made.step(Phase(True, guidance.jacobian))
+        program = Program(Phase(True, guidance.jacobian), draws=True)
+        made.step(program)
         with NoSync():
-            made.step(Phase(True, guidance.jacobian))
+            made.step(program)
 
 
 @pytest.mark.parametrize(

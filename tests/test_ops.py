@@ -131,7 +131,9 @@ def test_step_update_philox_passes_opcheck(native_backend):
     args = (x, x / 2, None, torch.tensor([1, 2]), 0.3, 0.6, 0.1, 0.0, 4, 5)
     torch.library.opcheck(torch.ops.fastem.step_update_philox.default, args)
     numbers = list(torch.rand(4, dtype=torch.float64).unbind())
-    torch.library.opcheck(torch.ops.fastem.step_update_philox.default, (*args, *numbers, torch.tensor([3])))
+    torch.library.opcheck(
+        torch.ops.fastem.step_update_philox.default, (*args, *numbers, torch.tensor([3]), torch.tensor(1))
+    )
     torch.library.opcheck(torch.ops.fastem.step_update.default, (x, x / 2, x, None, 0, 0, 0, 0, *numbers))
     torch.library.opcheck(torch.ops.fastem.predict_x0.default, (x, x / 2, 0, numbers[0]))
 
@@ -186,18 +188,19 @@ def test_numbers_and_step_may_be_tensors(backend):
         torch.tensor([[0.3, 0.6, 0.1, 0.02, 0.7], [0.2, 0.5, 0.0, -0.1, 0.9]]).double(),
     )
     x, x0, noise, guidance = (uniform(2, 3, 5, 7, seed=s) for s in range(4))
-    for row in torch.arange(2):
+    for row, stream in zip(torch.arange(2), torch.tensor([1, 3]), strict=True):
         *numbers, alpha_bar = table.index_select(0, row.view(1))[0].unbind()
         values = [n.item() for n in numbers]
         for actual, expected in (
             (ops.predict_x0(x, noise, alpha_bar), ops.predict_x0(x, noise, alpha_bar.item())),
             (ops.step_update(x, x0, noise, guidance, *numbers), ops.step_update(x, x0, noise, guidance, *values)),
             (
-                ops.step_update_philox(x, x0, guidance, seeds, *numbers, step=row, stream=1),
-                ops.step_update_philox(x, x0, guidance, seeds, *values, step=row.item(), stream=1),
+                ops.step_update_philox(x, x0, guidance, seeds, *numbers, step=row, stream=stream),
+                ops.step_update_philox(x, x0, guidance, seeds, *values, step=row.item(), stream=stream.item()),
             ),
         ):
-            assert relative_error(actual, expected) < TOLERANCE
+            actual, expected = (t if isinstance(t, tuple) else (t,) for t in (actual, expected))
+            assert all(map(torch.equal, actual, expected))
 
 
 @pytest.mark.parametrize("widths", [(), (32, 32, 32, 32), (5, 24, 3), (48,)], ids=str)

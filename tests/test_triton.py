@@ -126,6 +126,26 @@ def test_step_update_with_its_own_noise(guided):
     assert_close(actual, expected)
 
 
+def test_numbers_and_step_may_be_read_on_the_device():
+    """As in a recorded step: the same bits as with numbers of the host."""
+    x_t, x0_hat, noise, guidance = (uniform(4, 3, 3, 17, 19, seed=i) for i in range(4))
+    for alpha_bar, *numbers in ((0.6, 0.4, 0.6, 0.3, -0.7), (4e-5, 0.1, 0.8, 0.0, 0.0)):
+        given = torch.tensor(numbers, dtype=torch.float64).unbind()
+        place, words = torch.tensor(alpha_bar, dtype=torch.float64), torch.tensor([STEP, STREAM]).unbind()
+        for op, host, device in (
+            (kt.predict_x0, (x_t, x0_hat, alpha_bar), (x_t, x0_hat, place)),
+            (kt.step_update, (x_t, x0_hat, noise, guidance, *numbers), (x_t, x0_hat, noise, guidance, *given)),
+            (
+                kt.step_update_philox,
+                (x_t, x0_hat, guidance, SEEDS, *numbers, STEP, STREAM),
+                (x_t, x0_hat, guidance, SEEDS, *given, *words),
+            ),
+        ):
+            expected, actual = run(op, *host), run(op, *device)
+            both = (expected, actual) if isinstance(actual, tuple) else ((expected,), (actual,))
+            assert all(map(torch.equal, *both))
+
+
 @pytest.mark.parametrize("shape", [(3, 33, 31), (1, 1, 1), (5,)], ids=str)
 def test_philox_normal_is_the_stream_of_the_spec(shape):
     actual = run(kt.philox_normal, SEEDS, 3, shape, STEP, STREAM)
@@ -210,9 +230,15 @@ def cubin(kernel, types, **constants):
 p, i, f = "*fp32", "i32", "fp32"
 cubin(spectral._wiener_guidance_kernel, [p] * 6 + [i] * 6, BLOCK=1024)
 cubin(spectral._spectral_sums_kernel, [p] * 4 + [i] * 3, PER_CHANNEL=False, BLOCK=1024)
-cubin(step._predict_x0_kernel, [p] * 4 + [i, f, f, f], BLOCK=1024)
-update = [p, p, p, p, "*i64", p, i, i, f, f, f, f, i, "i64"]
-cubin(step._step_update_kernel, update, NOISE="philox", GUIDED=True, noise_ptr=None, BLOCK=1024)
+given = dict(ON_DEVICE=False, BLOCK=1024)
+read = dict(ON_DEVICE=True, BLOCK=1024)
+cubin(step._predict_x0_kernel, [p] * 4 + [None, i, f, f, f], alpha_bar_ptr=None, **given)
+cubin(step._predict_x0_kernel, [p] * 4 + ["*fp64", i, f, f, f], **read)
+update = [p, p, p, p, "*i64", p, i, i]
+cubin(step._step_update_kernel, update + [f] * 4 + [i, "i64"], NOISE="philox", GUIDED=True, noise_ptr=None, **given)
+numbers = ["*fp64"] * 4 + ["*i64"] * 2
+cubin(step._step_update_kernel, update + numbers, NOISE="philox", GUIDED=True, noise_ptr=None, **read)
+cubin(step._step_update_kernel, update + numbers, NOISE="tensor", GUIDED=True, seeds_ptr=None, **read)
 b, tile = "*bf16", dict(PIXELS=256, CHANNELS=16, SKIP=True)
 cubin(network._moments_kernel, [b, b, p, p] + [i] * 10, **tile)
 cubin(network._combine_moments_kernel, [p] * 4 + [i] * 3 + [f], PIXELS=256, CHUNKS=64)

@@ -70,7 +70,7 @@ __global__ void step_update_kernel(const float* __restrict__ x, const float* __r
                                    NoiseParams np, bool vector) {
   const int64_t length = np.n_element, blocks = (length + 3) / 4, stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const StepFactors f(p);
-  const uint32_t step = np.step_word();
+  const uint32_t step = np.step_word(), word = np.stream_word();
   for (int64_t row = blockIdx.y; row < np.n_image * np.n_particle; row += gridDim.y) {
     for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < blocks; block += stride) {
       const int64_t at = row * length + 4 * block;
@@ -80,7 +80,7 @@ __global__ void step_update_kernel(const float* __restrict__ x, const float* __r
       if constexpr (kNoise == Noise::kTensor) z = load4(noise, at, count, vector);
       if constexpr (kNoise == Noise::kPhilox) {
         philox_normal4(static_cast<uint64_t>(seeds[row / np.n_particle]), static_cast<uint32_t>(block),
-                       static_cast<uint32_t>(row % np.n_particle), step, np.stream, z.v);
+                       static_cast<uint32_t>(row % np.n_particle), step, word, z.v);
       }
       for (int j = 0; j < 4; ++j) result.v[j] = step_element(a.v[j], b.v[j], z.v[j], f.c0, f.ct, f.std);
       if (guidance) {
@@ -99,7 +99,7 @@ __global__ void philox_normal_kernel(const int64_t* __restrict__ seeds, float* _
     for (int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; block < blocks; block += stride) {
       Quad z;
       philox_normal4(static_cast<uint64_t>(seeds[row / np.n_particle]), static_cast<uint32_t>(block),
-                     static_cast<uint32_t>(row % np.n_particle), np.step_word(), np.stream, z.v);
+                     static_cast<uint32_t>(row % np.n_particle), np.step_word(), np.stream_word(), z.v);
       store4(out, row * length + 4 * block, elements(length - 4 * block), vector, z);
     }
   }

@@ -184,10 +184,11 @@ Tensor step_update(const Tensor& x, const Tensor& x0, const OptionalTensor& nois
 Tensor step_update_philox(const Tensor& x, const Tensor& x0, const OptionalTensor& guidance, const Tensor& seeds_,
                           double c0, double ct, double std, double gain, int64_t step, int64_t stream,
                           const OptionalTensor& c0_at, const OptionalTensor& ct_at, const OptionalTensor& std_at,
-                          const OptionalTensor& gain_at, const OptionalTensor& step_at) {
+                          const OptionalTensor& gain_at, const OptionalTensor& step_at,
+                          const OptionalTensor& stream_at) {
   const Update a(x, x0, {}, guidance, c0, ct, std, gain, {c0_at, ct_at, std_at, gain_at});
   const Tensor seeds = seeds_.contiguous();
-  const NoiseParams noise = noise_params_like(seeds, a.x, step, stream, step_at);
+  const NoiseParams noise = noise_params_like(seeds, a.x, step, stream, step_at, stream_at);
   if (!a.noisy) {  // nothing to draw
     at::parallel_for(0, a.x.numel(), kGrain, [&](int64_t begin, int64_t end) {
       step_update_cpu(in(a.x), in(a.x0), nullptr, in_or_null(a.guidance), out(a.result), a.params, begin, end);
@@ -293,7 +294,7 @@ TORCH_LIBRARY(fastem, m) {
   m.def(
       "step_update_philox(Tensor x_t, Tensor x0_hat, Tensor? guidance, Tensor seeds, float c0, float ct, float std, "
       "float gain, int step, int stream, Tensor? c0_at=None, Tensor? ct_at=None, Tensor? std_at=None, "
-      "Tensor? gain_at=None, Tensor? step_at=None) -> Tensor");
+      "Tensor? gain_at=None, Tensor? step_at=None, Tensor? stream_at=None) -> Tensor");
   m.def("philox_normal(Tensor seeds, int n, int[] shape, int step, int stream) -> Tensor");
   m.def(
       "group_norm_silu(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, "

@@ -215,18 +215,20 @@ inline NoiseParams noise_params(const Tensor& seeds, int64_t n, at::IntArrayRef 
 }
 
 inline NoiseParams noise_params_like(const Tensor& seeds, const Tensor& x, int64_t step, int64_t stream,
-                                     const OptionalTensor& step_on_device) {
+                                     const OptionalTensor& step_at, const OptionalTensor& stream_at) {
   TORCH_CHECK_VALUE(x.dim() >= 2 && seeds.dim() == 1 && x.size(0) == seeds.size(0),
                     "x_t must be (B, n, ...) and seeds (B,), got ", x.sizes(), " and ", seeds.sizes());
   check_device(seeds, x, "seeds");
   NoiseParams p = noise_params(seeds, x.size(1), x.sizes().slice(2), step, stream);
-  if (step_on_device) {
-    TORCH_CHECK_VALUE(step_on_device->numel() == 1 && step_on_device->scalar_type() == at::kLong,
-                      "a step on the device must be one int64, got ", step_on_device->sizes(), " ",
-                      step_on_device->scalar_type());
-    check_device(*step_on_device, x, "the step");
-    p.step_at = step_on_device->const_data_ptr<int64_t>();
-  }
+  const auto word = [&x](const OptionalTensor& t, const char* name) -> const int64_t* {
+    if (!t) return nullptr;
+    TORCH_CHECK_VALUE(t->numel() == 1 && t->scalar_type() == at::kLong, name, " on the device must be one int64, got ",
+                      t->sizes(), " ", t->scalar_type());
+    check_device(*t, x, name);
+    return t->const_data_ptr<int64_t>();
+  };
+  p.step_at = word(step_at, "the step");
+  p.stream_at = word(stream_at, "the stream");
   return p;
 }
 

@@ -146,11 +146,12 @@ Tensor step_update(const Tensor& x, const Tensor& x0, const OptionalTensor& nois
 Tensor step_update_philox(const Tensor& x, const Tensor& x0, const OptionalTensor& guidance, const Tensor& seeds_,
                           double c0, double ct, double std, double gain, int64_t step, int64_t stream,
                           const OptionalTensor& c0_at, const OptionalTensor& ct_at, const OptionalTensor& std_at,
-                          const OptionalTensor& gain_at, const OptionalTensor& step_at) {
+                          const OptionalTensor& gain_at, const OptionalTensor& step_at,
+                          const OptionalTensor& stream_at) {
   const OnDevice on(x);
   const Update a(x, x0, {}, guidance, c0, ct, std, gain, {c0_at, ct_at, std_at, gain_at});
   const Tensor seeds = seeds_.contiguous();
-  const NoiseParams noise = noise_params_like(seeds, a.x, step, stream, step_at);
+  const NoiseParams noise = noise_params_like(seeds, a.x, step, stream, step_at, stream_at);
   if (a.noisy) {
     C10_CUDA_CHECK(step_update_philox_cuda(in(a.x), in(a.x0), seeds.const_data_ptr<int64_t>(), in_or_null(a.guidance),
                                            out(a.result), a.params, noise, on.stream));

@@ -251,7 +251,9 @@ def philox4x32(key: Tensor, counter: Tensor) -> Tensor:
     return torch.stack([c0, c1, c2, c3], dim=-1)
 
 
-def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int | Tensor, stream: int) -> Tensor:
+def philox_normal(
+    seeds: Tensor, n: int, shape: tuple[int, ...], step: int | Tensor, stream: int | Tensor
+) -> Tensor:  # fmt: skip
     """Standard normal noise `(B, n, *shape)` float32 from counters: seeds `(B,)` int64, one per image.
 
     Element e of particle i at `step` comes from the block e // 4 of counter (e // 4, i, step, stream) under the key
@@ -262,8 +264,8 @@ def philox_normal(seeds: Tensor, n: int, shape: tuple[int, ...], step: int | Ten
     device = seeds.device
     block = torch.arange(blocks, device=device).expand(batch, n, blocks)
     particle = torch.arange(n, device=device)[:, None].expand(batch, n, blocks)
-    step = step.expand_as(block) if isinstance(step, Tensor) else torch.full_like(block, step)
-    counter = torch.stack([block, particle, step, torch.full_like(block, stream)], dim=-1)
+    words = [w.expand_as(block) if isinstance(w, Tensor) else torch.full_like(block, w) for w in (step, stream)]
+    counter = torch.stack([block, particle, *words], dim=-1)
     key = torch.stack([seeds & _MASK32, (seeds >> 32) & _MASK32], dim=-1)[:, None, None].expand(batch, n, blocks, 2)
     words = philox4x32(key, counter)
     u = ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23  # in (0, 1), exact in float32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastem.ops import reference
-from fastem.ops.backend import Backend, current_backend, run, select
+from fastem.ops.backend import Backend, implementation, run, select
 
 
 def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,10 @@ def predict_x0(x_t: Tensor, eps: Tensor, alpha_bar: float | Tensor) -> tuple[Ten
     """
     _check_like(eps, x_t, "eps")
     if isinstance(alpha_bar, Tensor):
-        if _runs_native("predict_x0", x_t, eps):
+        backend = _backend_on_device("predict_x0", x_t, eps)
+        if backend is Backend.NATIVE:
             return torch.ops.fastem.predict_x0(x_t, eps, 0.0, alpha_bar.double())
-        return reference.predict_x0(x_t, eps, alpha_bar)
+        return implementation(backend).predict_x0(x_t, eps, alpha_bar.double())
     if not 0 < alpha_bar <= 1:
         raise ValueError(f"alpha_bar must be in (0, 1], got {alpha_bar}")
     return run("predict_x0", x_t, eps, float(alpha_bar))
@@ -63,15 +64,17 @@ def step_update(
         if t is not None:
             _check_like(t, x_t, name)
     if on_device:
-        if _runs_native("step_update", x_t, x0_hat, noise, guidance):
-            return torch.ops.fastem.step_update(x_t, x0_hat, noise, guidance, 0, 0, 0, 0, *_doubles(numbers, x_t))
-        return reference.step_update(x_t, x0_hat, noise, guidance, *numbers)
+        backend, numbers = _backend_on_device("step_update", x_t, x0_hat, noise, guidance), _doubles(numbers, x_t)
+        if backend is Backend.NATIVE:
+            return torch.ops.fastem.step_update(x_t, x0_hat, noise, guidance, 0, 0, 0, 0, *numbers)
+        return implementation(backend).step_update(x_t, x0_hat, noise, guidance, *numbers)
     return run("step_update", x_t, x0_hat, noise, guidance, *map(float, numbers))
 
 
 def step_update_philox(
     x_t: Tensor, x0_hat: Tensor, guidance: Tensor | None, seeds: Tensor,
-    c0: float | Tensor, ct: float | Tensor, std: float | Tensor, gain: float | Tensor, step: int | Tensor, stream: int,
+    c0: float | Tensor, ct: float | Tensor, std: float | Tensor, gain: float | Tensor, step: int | Tensor,
+    stream: int | Tensor,
 ) -> Tensor:  # fmt: skip
     """`step_update` with `philox_normal` noise drawn in the kernel: nothing is stored in between.
 
@@ -79,8 +82,7 @@ def step_update_philox(
         x_t: `(B, n, ...)` in network range; x0_hat (in [0, 1]) and guidance have the same shape.
         seeds: `(B,)` int64, one per image.
         c0, ct, std, gain: as there; 0-dim tensors are read on their device.
-        step, stream: words of the counter, see `philox_normal`; the step may be a 0-dim int64 tensor, which the kernel
-            reads on its device.
+        step, stream: words of the counter, see `philox_normal`; 0-dim int64 tensors are read on their device.
     """
     _check_like(x0_hat, x_t, "x0_hat")
     if guidance is not None:
@@ -88,18 +90,23 @@ def step_update_philox(
     _check_seeds(seeds)
     if x_t.dim() < 2 or x_t.shape[0] != seeds.shape[0]:
         raise ValueError(f"x_t must be (B, n, ...) for seeds (B,), got {tuple(x_t.shape)} and {tuple(seeds.shape)}")
-    numbers, counter = (c0, ct, std, gain), step if isinstance(step, Tensor) else None
-    _check_words(0 if counter is not None else step, stream)
-    on_device = counter is not None or any(isinstance(c, Tensor) for c in numbers)
-    if on_device and _runs_native("step_update_philox", x_t, x0_hat, guidance, seeds):
-        word = 0 if counter is not None else step
+    numbers = (c0, ct, std, gain)
+    on_host = [0 if isinstance(word, Tensor) else word for word in (step, stream)]
+    words = [word if isinstance(word, Tensor) else None for word in (step, stream)]
+    _check_words(*on_host)
+    on_device = any(isinstance(c, Tensor) for c in (*numbers, step, stream))
+    tensors = [t for t in (x_t, x0_hat, guidance, seeds) if t is not None]
+    backend = (_backend_on_device if on_device else _select)("step_update_philox", *tensors)
+    if on_device:
         numbers = _doubles(numbers, x_t)
-        return torch.ops.fastem.step_update_philox(
-            x_t, x0_hat, guidance, seeds, 0, 0, 0, 0, word, stream, *numbers, counter
-        )
-    if on_device or _select("step_update_philox", x_t, x0_hat, guidance, seeds) is Backend.REFERENCE:
+    if on_device and backend is Backend.NATIVE:
+        return torch.ops.fastem.step_update_philox(x_t, x0_hat, guidance, seeds, 0, 0, 0, 0, *on_host, *numbers, *words)
+    if backend is Backend.REFERENCE:
         noise = reference.philox_normal(seeds, x_t.shape[1], tuple(x_t.shape[2:]), step, stream).to(x_t.dtype)
         return reference.step_update(x_t, x0_hat, noise, guidance, *numbers)
+    if on_device:
+        words = (torch.as_tensor(word, device=x_t.device) for word in (step, stream))
+        return implementation(backend).step_update_philox(x_t, x0_hat, guidance, seeds, *numbers, *words)
     return run("step_update_philox", x_t, x0_hat, guidance, seeds, *map(float, numbers), step, stream)
 
 
@@ -128,11 +135,11 @@ def _select(op: str, *tensors: Tensor | None) -> Backend:
     return select(op, [t for t in tensors if t is not None])
 
 
-def _runs_native(op: str, *tensors: Tensor | None) -> bool:
-    """Whether the kernels that read their numbers on the device are to run; the Triton twins take floats alone."""
+def _backend_on_device(op: str, *tensors: Tensor | None) -> Backend:
+    """What runs where the kernels read their numbers on the device: plain torch too where autograd records."""
     given = [t for t in tensors if t is not None]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return not recorded and current_backend() is not Backend.TRITON and select(op, given) is Backend.NATIVE
+    return Backend.REFERENCE if recorded else select(op, given)
 
 
 def _doubles(numbers: Sequence[float | Tensor], like: Tensor) -> list[Tensor]:

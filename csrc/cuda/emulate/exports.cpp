@@ -38,7 +38,7 @@ int spectral_sums(const cfloat* X, const cfloat* Y, cfloat* Sxy, float* Sxx, int
   return spectral_sums_cuda(X, Y, Sxy, Sxx, {n_image, n_particle, n_chan, n_freq}, per_channel != 0, nullptr);
 }
 
-// `numbers` not null: read by the kernel instead of the values; `row` likewise, for the step.
+// `numbers` not null: read by the kernel instead of the values; `row` and `run` likewise, for step and stream.
 int predict_x0(const float* x, const float* eps, float* x0, float* mask, double alpha_bar, const double* numbers,
                int64_t n) {
   return predict_x0_cuda(x, eps, x0, mask, {numbers ? Number(numbers) : Number(alpha_bar)}, n, nullptr);
@@ -51,9 +51,9 @@ int step_update(const float* x, const float* x0, const float* noise, const float
 
 int step_update_philox(const float* x, const float* x0, const int64_t* seeds, const float* guidance, float* out,
                        float c0, float ct, float std, float gain, const double* numbers, const int64_t* row,
-                       int64_t n_image, int64_t n_particle, int64_t count, uint32_t step, uint32_t stream) {
+                       const int64_t* run, int64_t n_image, int64_t n_particle, int64_t count, uint32_t step, uint32_t stream) {
   return step_update_philox_cuda(x, x0, seeds, guidance, out, step_params(c0, ct, std, gain, numbers),
-                                 {n_image, n_particle, count, step, stream, row}, nullptr);
+                                 {n_image, n_particle, count, step, stream, row, run}, nullptr);
 }
 
 int philox_normal(const int64_t* seeds, float* out, int64_t n_image, int64_t n_particle, int64_t count, uint32_t step,

@@ -9,8 +9,10 @@ namespace fastem {
 struct NoiseParams {
   int64_t n_image, n_particle, n_element;  // elements per particle
   uint32_t step, stream;
-  const int64_t* step_at = nullptr;  // read when the kernel runs, where the kernel runs, instead of `step`
+  // Where not null: read when the kernel runs, where the kernel runs, instead of `step` and `stream`.
+  const int64_t *step_at = nullptr, *stream_at = nullptr;
   FASTEM_HD uint32_t step_word() const { return step_at ? static_cast<uint32_t>(*step_at) : step; }
+  FASTEM_HD uint32_t stream_word() const { return stream_at ? static_cast<uint32_t>(*stream_at) : stream; }
   int64_t blocks() const { return (n_element + 3) / 4; }  // counters per particle, 4 elements each
 };
 
