@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ class _Job:
     notes: list[str]
     settled: Restoration | None  # where there is nothing to do
     alone: bool = False  # restored in a batch of its own
+    sent: runtime.Arriving | None = None  # the image, ahead of its batch
 
     @property
     def kind(self) -> tuple:
@@ -368,16 +370,20 @@ class Deblurrer:
         if kernel is not None:
             kernel = _kernel(kernel)
 
+        transfers = runtime.Transfers(self.device)
+        later = transfers if transfers.overlap and len(self.gammas) == 1 and not self.varying else None
+
         def prepare(item: Any) -> _Job | Exception:
             try:
-                return self._job(item if isinstance(item, Request) else Request(item, sigma, seed), kernel)
+                job = self._job(item if isinstance(item, Request) else Request(item, sigma, seed), kernel)
+                return replace(job, sent=transfers.send(job.picture.y)) if later and job.settled is None else job
             except Exception as error:
                 return error
 
         def run(jobs: Sequence[_Job], tiled: bool) -> list[Restoration | Exception]:
             if jobs[0].settled is not None:
                 return [job.settled for job in jobs]
-            return self._restore_jobs(jobs, on_step=on_step, tile=TIGHT_TILE if tiled else None)
+            return self._restore_jobs(jobs, on_step=on_step, tile=TIGHT_TILE if tiled else None, later=later)
 
         batches = runtime.MicroBatches(
             run, kind=lambda job: job.kind, size=self._auto_batch if batch_size == "auto" else batch_size,
@@ -420,10 +426,16 @@ class Deblurrer:
         return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled, self.varying)
 
     def _restore_jobs(
-        self, jobs: Sequence[_Job], *, on_step: Any = None, tile: int | None = None
-    ) -> list[Restoration | Exception]:
-        """The images of one batch, which share size, canvas and kernel; each in the light that explains it best."""
-        tried = [self._restore_in_light(jobs, gamma, on_step=on_step, tile=tile) for gamma in self.gammas]
+        self, jobs: Sequence[_Job], *, on_step: Any = None, tile: int | None = None,
+        later: runtime.Transfers | None = None,
+    ) -> list[Restoration | Exception]:  # fmt: skip
+        """The images of one batch, which share size, canvas and kernel; each in the light that explains it best.
+
+        With `later` each is a `runtime.Later`, and its copy to the host runs beside what comes next.
+        """
+        tried = [
+            self._restore_in_light(jobs, gamma, on_step=on_step, tile=tile, later=later) for gamma in self.gammas
+        ]  # fmt: skip
         if len(tried) == 1:
             return tried[0]
         best = []
@@ -436,10 +448,10 @@ class Deblurrer:
         return best
 
     def _restore_in_light(
-        self, jobs: Sequence[_Job], gamma: float, *, on_step: Any, tile: int | None
+        self, jobs: Sequence[_Job], gamma: float, *, on_step: Any, tile: int | None, later: runtime.Transfers | None
     ) -> list[Restoration | Exception]:
         first = jobs[0]
-        y = self._to_device(torch.cat([job.picture.y for job in jobs]))
+        y = torch.cat([self._to_device(job.picture.y) if job.sent is None else job.sent.get() for job in jobs])
         sigma = self._to_device(torch.tensor([job.sigma for job in jobs]))
         seeds = self._to_device(torch.tensor([job.seed for job in jobs], dtype=torch.int64))
         drawn, canvas, trace = self.restore(
@@ -453,23 +465,27 @@ class Deblurrer:
             left = canvas.crop(blurs(varied.images.mean(dim=1))) - y
             if float(left.square().mean()) < VARYING_GAIN * float(residual.square().mean()):
                 drawn, residual, kernels = varied, left, blurs.on_grid()
-        restored = self._restorations(jobs, drawn, canvas, residual, trace)
+        restored = self._restorations(jobs, drawn, canvas, residual, trace, later)
         if kernels is not None and isinstance(restored[0], Restoration):
             restored[0].kernels = kernels.cpu().numpy()
         return restored
 
     def _restorations(
-        self, jobs: Sequence[_Job], drawn: Sample, canvas: Canvas, residual: Tensor, trace: list[dict]
-    ) -> list[Restoration | Exception]:
+        self, jobs: Sequence[_Job], drawn: Sample, canvas: Canvas, residual: Tensor, trace: list[dict],
+        later: runtime.Transfers | None,
+    ) -> list[Restoration | Exception]:  # fmt: skip
         samples = canvas.crop(drawn.images)
         kernels = drawn.kernel.clamp(min=0)
         kernels = kernels / kernels.sum((-2, -1), keepdim=True)
         finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
-        on_host = (t.cpu() for t in (samples, kernels, finite, residual))
-        return [
-            self._restoration(job, x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
-            for job, x, k, ok, e in zip(jobs, *on_host, strict=True)
-        ]
+        leaving = (later or runtime.Transfers(None)).fetch([samples, kernels, finite, residual])
+
+        def finish(i: int) -> Restoration | Exception:
+            x, k, ok, e = (t[i] for t in leaving.get())
+            return self._restoration(jobs[i], x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
+
+        rows = range(len(jobs))
+        return [runtime.Later(partial(finish, i)) for i in rows] if later else [finish(i) for i in rows]
 
     def _vary(
         self, y: Tensor, sigma: Tensor, seeds: Tensor, k: Tensor, canvas: Canvas, tile: int | None

@@ -22,7 +22,7 @@ from fastem.metrics import psnr  # noqa: E402
 from fastem.models import load_kernel_denoiser, load_model  # noqa: E402
 from fastem.mstep import PnP  # noqa: E402
 from fastem.operators import Canvas, Observation  # noqa: E402
-from fastem.runtime import StepGraphs  # noqa: E402
+from fastem.runtime import StepGraphs, Transfers  # noqa: E402
 from fastem.samplers import DDPM, Eager, PhiloxNoise, Renoise, sample  # noqa: E402
 from fastem.schedules import Schedule  # noqa: E402
 from fastem.synth import degrade, motion_kernel  # noqa: E402
@@ -171,6 +171,37 @@ def test_restorations_of_16_bits_are_as_good(precision):
         (first, second) = engine.map([y, y], batch_size=2, sigma=0.01, kernel=k)
         assert abs(psnr(first.image, x) - found[name]) < 0.02 and (first.image == second.image).all()
     assert abs(found[precision] - found["fp32"]) < 0.05
+
+
+def test_transfers_overlap_and_change_nothing():
+    """Images arrive and leave on streams of their own; the results are those of one call after another."""
+    k = motion_kernel(9, 1)
+    images = [np.random.default_rng(i).random((64, 56, 3), np.float32) for i in range(6)]
+    engine = Deblurrer(kernel_size=9, boundary="circular", device="cuda", steps=3)
+    alone = [next(iter(engine.map([y], batch_size=2, sigma=0.05, kernel=k))) for y in images]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a recording was spoilt by what other threads do
+        fresh = Deblurrer(kernel_size=9, boundary="circular", device="cuda", steps=3)
+        together = list(fresh.map(images, batch_size=2, sigma=0.05, kernel=k))
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_allclose(a.image, b.image, atol=2e-3)
+        np.testing.assert_array_equal(a.kernel, b.kernel)
+
+
+def test_copies_leave_the_computation_alone():
+    """A copy to the host waits for what it copies, and what is computed next does not wait for the copy."""
+    transfers = Transfers(DEVICE)
+    sent = [transfers.send(torch.full((1 << 20,), float(i))) for i in range(8)]
+    leaving = []
+    for arriving in sent:
+        x = arriving.get()
+        for _ in range(20):
+            x = x * 1.0 + 1.0
+        leaving.append(transfers.fetch([x]))
+        del x, arriving
+    for i, each in enumerate(leaving):
+        (host,) = each.get()
+        assert host.is_pinned() and (host == i + 20.0).all()
 
 
 def test_auto_batches_fill_the_memory():

@@ -14,15 +14,20 @@ from fastem.runtime.placement import (
     resolve_device,
     resolve_precision,
 )
+from fastem.runtime.transfer import Arriving, Later, Leaving, Transfers
 
 __all__ = [
     "LOOK_AHEAD",
     "WINDOW_PIXELS",
     "WINDOW_SIDE",
+    "Arriving",
+    "Later",
+    "Leaving",
     "MicroBatches",
     "NoSync",
     "StepGraphs",
     "SyncError",
+    "Transfers",
     "ahead",
     "busiest_window",
     "check_memory",

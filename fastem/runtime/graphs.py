@@ -193,7 +193,8 @@ class Recording:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         shared = self._graphs[0].pool() if self._graphs else None  # phases never run at the same time
-        with torch.cuda.graph(graph, pool=shared):
+        # Other threads may pin and copy images meanwhile; only what this thread must not do ends the recording.
+        with torch.cuda.graph(graph, pool=shared, capture_error_mode="thread_local"):
             self.step(program)
         self._graphs.append(graph)
         return graph.replay

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from fastem.runtime.transfer import Later
+
 LOOK_AHEAD = 4  # batches of items that are prepared before the first of them must go, alone if need be
 
 S, T, R = TypeVar("S"), TypeVar("T"), TypeVar("R")
@@ -40,7 +42,8 @@ class MicroBatches(Generic[T, R]):
 
     Args:
         run: `run(items, tiled)` gives the results of some items of one kind; an item that fails by itself has its
-            exception as result. `tiled` asks for less memory per item.
+            exception as result. `tiled` asks for less memory per item. A result may be `Later`: it is finished in
+            another thread while the next batch runs, and comes out after that batch has started.
         kind: items of equal kind may share a batch.
         size: items per batch, or a function of the first item of a kind that tells.
         free: called where memory ended, before the next attempt.
@@ -62,9 +65,30 @@ class MicroBatches(Generic[T, R]):
 
     def __call__(self, items: Iterable[T | Exception]) -> Iterator[R | Exception]:
         """Results in the order of the items; an item that is an exception already is its own result."""
+        with ThreadPoolExecutor(1, thread_name_prefix="fastem-finish") as pool:  # its thread starts at the first use
+            try:
+                yield from self._in_order(items, pool)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _in_order(self, items: Iterable[T | Exception], pool: ThreadPoolExecutor) -> Iterator[R | Exception]:
         waiting: dict[Hashable, list[tuple[int, T]]] = {}  # in order of their oldest item
-        done: dict[int, R | Exception] = {}
+        done: dict[int, R | Exception | Future] = {}
         due = 0  # the next to come out
+        newest: set[int] = set()  # positions of the last batch
+
+        def go(batch: list[tuple[int, T]]) -> None:
+            results = self._go(batch)
+            newest.clear()
+            for position, result in results:
+                newest.add(position)
+                done[position] = pool.submit(result.finish) if isinstance(result, Later) else result
+
+        def ready() -> bool:
+            """Whether the next is there; of the last batch only what is finished: another batch may start meanwhile."""
+            found = done.get(due)
+            return due in done and not (isinstance(found, Future) and due in newest and not found.done())
+
         for position, item in enumerate(items):
             if isinstance(item, Exception):
                 done[position] = item
@@ -73,18 +97,21 @@ class MicroBatches(Generic[T, R]):
                 waiting.setdefault(kind, []).append((position, item))
                 size = self._size_of(kind, item)
                 if len(waiting[kind]) >= size:
-                    done.update(self._go(waiting.pop(kind)))
+                    go(waiting.pop(kind))
                 elif position - due >= LOOK_AHEAD * size:
                     oldest = min(waiting, key=lambda k: waiting[k][0][0])
-                    done.update(self._go(waiting.pop(oldest)))
-            while due in done:
-                yield done.pop(due)
+                    go(waiting.pop(oldest))
+            while ready():
+                yield _settled(done.pop(due))
                 due += 1
         for kind in sorted(waiting, key=lambda k: waiting[k][0][0]):
-            done.update(self._go(waiting[kind]))
-            while due in done:
-                yield done.pop(due)
+            go(waiting[kind])
+            while ready():
+                yield _settled(done.pop(due))
                 due += 1
+        while due in done:
+            yield _settled(done.pop(due))
+            due += 1
 
     def _size_of(self, kind: Hashable, item: T) -> int:
         if kind not in self._sizes:
@@ -125,6 +152,15 @@ class MicroBatches(Generic[T, R]):
                 f"memory ended: images run in batches of at most {limit} from here on", RuntimeWarning, stacklevel=2
             )
         self.limit = min(limit, self.limit or limit)
+
+
+def _settled(result: R | Exception | Future) -> R | Exception:
+    if not isinstance(result, Future):
+        return result
+    try:
+        return result.result()
+    except Exception as error:
+        return error
 
 
 class _Failure:
