@@ -139,8 +139,9 @@ void group_norm_silu_cpu(const float* x, const float* skip, const float* mean, c
 }
 
 void group_norm_sums_cpu(const float* grad, const float* x, const float* skip, const float* mean, const float* rstd,
-                         const NormFilm& film, float* partial, const GroupNormParams& p, int64_t begin, int64_t end) {
-  kernels().group_norm_sums(grad, x, skip, mean, rstd, film, partial, p, begin, end);
+                         const NormFilm& film, float* dx, float* dskip, float* partial, const GroupNormParams& p,
+                         int64_t begin, int64_t end) {
+  kernels().group_norm_sums(grad, x, skip, mean, rstd, film, dx, dskip, partial, p, begin, end);
 }
 
 void group_norm_means_cpu(const float* partial, float* mean_q, float* mean_qx, const GroupNormParams& p, int64_t begin,
@@ -148,10 +149,10 @@ void group_norm_means_cpu(const float* partial, float* mean_q, float* mean_qx, c
   kernels().group_norm_means(partial, mean_q, mean_qx, p, begin, end);
 }
 
-void group_norm_silu_backward_cpu(const float* grad, const float* x, const float* skip, const float* mean,
-                                  const float* rstd, const NormFilm& film, const float* mean_q, const float* mean_qx,
-                                  float* dx, float* dskip, const GroupNormParams& p, int64_t begin, int64_t end) {
-  kernels().group_norm_silu_backward(grad, x, skip, mean, rstd, film, mean_q, mean_qx, dx, dskip, p, begin, end);
+void group_norm_silu_backward_cpu(const float* x, const float* skip, const float* mean, const float* rstd,
+                                  const float* mean_q, const float* mean_qx, float* dx, float* dskip,
+                                  const GroupNormParams& p, int64_t begin, int64_t end) {
+  kernels().group_norm_silu_backward(x, skip, mean, rstd, mean_q, mean_qx, dx, dskip, p, begin, end);
 }
 
 }  // namespace fastem

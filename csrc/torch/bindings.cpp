@@ -243,14 +243,14 @@ std::tuple<Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_, const T
   Tensor dskip = p.n_skip > 0 ? norm.output(norm.skip, p.n_skip) : at::empty({0}, norm.x.options());
   const float *data = in(norm.x), *more = in_or_null(norm.skip);
   const int64_t parts = p.n_sample * group_norm_parts(p);
+  float *to = out(dx), *other = p.n_skip > 0 ? out(dskip) : nullptr;
   auto partial = floats(group_norm_partials(p)), mean_q = floats(mean.numel()), mean_qx = floats(mean.numel());
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    group_norm_sums_cpu(in(grad), data, more, in(mean), in(rstd), norm.film, partial.data(), p, begin, end);
+    group_norm_sums_cpu(in(grad), data, more, in(mean), in(rstd), norm.film, to, other, partial.data(), p, begin, end);
   });
   group_norm_means_cpu(partial.data(), mean_q.data(), mean_qx.data(), p, 0, mean.numel());
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    group_norm_silu_backward_cpu(in(grad), data, more, in(mean), in(rstd), norm.film, mean_q.data(), mean_qx.data(),
-                                 out(dx), p.n_skip > 0 ? out(dskip) : nullptr, p, begin, end);
+    group_norm_silu_backward_cpu(data, more, in(mean), in(rstd), mean_q.data(), mean_qx.data(), to, other, p, begin, end);
   });
   return {dx, dskip};
 }

@@ -498,15 +498,15 @@ void test_group_norm(int64_t n_chan, int64_t n_skip, int64_t n_group, int64_t n_
       compare(r, rstd, what + " rstd", tolerance);
       compare(out, lay(y, 0, channels), what + " y", tolerance);
       in_pieces(parts, [&](int64_t begin, int64_t end) {
-        group_norm_sums_cpu(g.data(), x.data(), skip.data(), m.data(), r.data(), numbers, partial.data(), p, begin,
-                            end);
+        group_norm_sums_cpu(g.data(), x.data(), skip.data(), m.data(), r.data(), numbers, dx.data(), dskip.data(),
+                            partial.data(), p, begin, end);
       });
       in_pieces(groups, [&](int64_t begin, int64_t end) {
         group_norm_means_cpu(partial.data(), q.data(), qn.data(), p, begin, end);
       });
       in_pieces(parts, [&](int64_t begin, int64_t end) {
-        group_norm_silu_backward_cpu(g.data(), x.data(), skip.data(), m.data(), r.data(), numbers, q.data(), qn.data(),
-                                     dx.data(), dskip.data(), p, begin, end);
+        group_norm_silu_backward_cpu(x.data(), skip.data(), m.data(), r.data(), q.data(), qn.data(), dx.data(),
+                                     dskip.data(), p, begin, end);
       });
       compare(dx, lay(gradient, 0, n_chan), what + " dx", 3 * tolerance);
       if (n_skip > 0) compare(dskip, lay(gradient, n_chan, channels), what + " dskip", 3 * tolerance);

@@ -42,15 +42,17 @@ void group_norm_finish_cpu(const float* partial, float* mean, float* rstd, const
 void group_norm_silu_cpu(const float* x, const float* skip, const float* mean, const float* rstd, const NormFilm& film,
                          float* y, const GroupNormParams& p, int64_t begin, int64_t end);
 
-// With q = grad silu'(h) gain: mean_q and mean_qx, the means of q and of q (x - mean) rstd over each group.
+// q = grad silu'(h) gain goes to dx and dskip; mean_q and mean_qx are the means of q and of q (x - mean) rstd over each
+// group.
 void group_norm_sums_cpu(const float* grad, const float* x, const float* skip, const float* mean, const float* rstd,
-                         const NormFilm& film, float* partial, const GroupNormParams& p, int64_t begin, int64_t end);
+                         const NormFilm& film, float* dx, float* dskip, float* partial, const GroupNormParams& p,
+                         int64_t begin, int64_t end);
 void group_norm_means_cpu(const float* partial, float* mean_q, float* mean_qx, const GroupNormParams& p, int64_t begin,
                           int64_t end);
-// dx = rstd (q - mean_q - (x - mean) rstd mean_qx), and the same for skip.
-void group_norm_silu_backward_cpu(const float* grad, const float* x, const float* skip, const float* mean,
-                                  const float* rstd, const NormFilm& film, const float* mean_q, const float* mean_qx,
-                                  float* dx, float* dskip, const GroupNormParams& p, int64_t begin, int64_t end);
+// dx = rstd (q - mean_q - (x - mean) rstd mean_qx) in place of the q that dx holds, and the same for skip.
+void group_norm_silu_backward_cpu(const float* x, const float* skip, const float* mean, const float* rstd,
+                                  const float* mean_q, const float* mean_qx, float* dx, float* dskip,
+                                  const GroupNormParams& p, int64_t begin, int64_t end);
 
 #ifdef FASTEM_CUDA
 enum class DType { kFloat32, kFloat16, kBFloat16 };  // of the maps; everything else is float32
