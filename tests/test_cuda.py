@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from red_zones import RedZones
 
 from fastem.ops import backend, native, reference
 
@@ -44,8 +45,10 @@ def widen(t):
 
 
 def on_gpu(op, *args):
-    """The registered CUDA op itself: nothing can fall back."""
-    out = getattr(torch.ops.fastem, op)(*convert(list(args), lambda t: t.to(DEVICE)))
+    """The registered CUDA op itself: nothing can fall back. Inputs lie between poison, see `red_zones`."""
+    with RedZones() as zones:
+        out = getattr(torch.ops.fastem, op)(*convert(list(args), lambda t: zones.copy(t.to(DEVICE))))
+    zones.check()
     return [t.cpu() for t in out] if isinstance(out, tuple | list) else [out.cpu()]
 
 

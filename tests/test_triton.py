@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from red_zones import guarded
 
 from fastem.ops import reference
 
@@ -40,8 +41,8 @@ def uniform(*shape, seed, low=-1.0, high=1.0):
 
 
 def run(op, *args):
-    """The Triton op on its device, results on the CPU."""
-    out = op(*(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args))
+    """The Triton op on its device, every buffer between poison; results on the CPU."""
+    out = guarded(op, *(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args))
     return tuple(t.cpu() for t in out) if isinstance(out, tuple) else out.cpu()
 
 
@@ -55,6 +56,20 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     assert actual.shape == expected.shape
     error = (actual - expected).abs().max() / expected.abs().max()
     assert error < tolerance, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("where", ["input", "left", "right"])
+def test_red_zones_are_seen(where):
+    """Negative control: what writes where it must not."""
+
+    def wrong(x):
+        out = torch.empty_like(x)
+        at = {"input": (x, 0), "left": (out, -1), "right": (out, out.numel())}[where]
+        at[0].as_strided((1,), (1,), at[0].storage_offset() + at[1]).fill_(1.0)
+        return out
+
+    with pytest.raises(AssertionError, match="written"):
+        guarded(wrong, torch.zeros(5))
 
 
 @SIZES
