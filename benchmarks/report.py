@@ -1,7 +1,7 @@
 """The table of `benchmarks/README.md` from the JSON files in `benchmarks/results/`: `python benchmarks/report.py`.
 
-Every cell is a figure from a file there; what no file holds stays empty. `--check` only says whether the table is that
-of the files.
+Every cell is a figure from a file there; what no file holds stays empty. Where the files of a column come from several
+machines, each is a letter, and the figures carry it. `--check` only says whether the table is that of the files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import RESULTS
@@ -25,6 +25,19 @@ class Results:
     """The records of one device, by kind; of several of a kind all rows count."""
 
     records: list[dict]
+    read: set[str] = field(default_factory=set)  # places of the rows that were read since the set was emptied
+
+    def places(self) -> dict[str, str]:
+        """The machines, in words, and a letter for each if there are several."""
+        found = list(dict.fromkeys(place_of(r["environment"]) for r in self.records if r.get("environment")))
+        return {place: chr(ord("a") + i) if len(found) > 1 else "" for i, place in enumerate(found)}
+
+    def marked(self, cell: Callable[[Results], str]) -> str:
+        """The text of a cell, with the letters of the machines that its figures come from."""
+        self.read.clear()
+        text = cell(self)
+        letters = sorted(filter(None, (self.places()[place] for place in self.read)))
+        return f"{text} [{', '.join(letters)}]" if text and letters else text
 
     def of(self, kind: str) -> list[dict]:
         return [record for record in self.records if record["kind"] == kind]
@@ -33,6 +46,8 @@ class Results:
         for record in self.of(kind):
             for row in record["rows"]:
                 if all(row.get(name, record.get(name)) == value for name, value in wanted.items()):
+                    if record.get("environment"):
+                        self.read.add(place_of(record["environment"]))
                     yield {**{k: v for k, v in record.items() if k != "rows"}, **row}
 
     def ratio(self, kind: str, **wanted) -> str:
@@ -41,6 +56,15 @@ class Results:
             ratio, low, high = (f"{v:.3g}" for v in (row["ratio"], *row["ratio_quartiles"]))
             return f"{ratio}x" + (f" ({low} to {high})" if row["rounds"] > 1 else "")
         return ""
+
+
+def place_of(environment: dict) -> str:
+    """A machine and what ran there."""
+    threads = environment["threads"]
+    return (
+        f"{environment['device']}, {threads} thread{'s' * (threads != 1)}, torch {environment['torch']}, "
+        f"{environment['native']}"
+    )
 
 
 def load(folder: Path) -> dict[str, Results]:
@@ -161,7 +185,8 @@ ROWS: list[tuple[str, str, Cell, Cell]] = [  # what, must, on the CPU, on the GP
 def table(results: dict[str, Results]) -> str:
     lines = ["| figure | must | CPU | GPU |", "|---|---|---|---|"]
     for what, must, cpu, gpu in ROWS:
-        cells = [("-" if cell is NOT_HERE else cell(results[device])) for device, cell in (("cpu", cpu), ("cuda", gpu))]
+        columns = (("cpu", cpu), ("cuda", gpu))
+        cells = [("-" if cell is NOT_HERE else results[device].marked(cell)) for device, cell in columns]
         lines.append(f"| {what} | {must} | {' | '.join(cells)} |")
     return "\n".join(lines + ["", *places(results)])
 
@@ -170,14 +195,12 @@ def places(results: dict[str, Results]) -> list[str]:
     """Where the figures of each column were measured."""
     lines = []
     for device, name in (("cpu", "CPU"), ("cuda", "GPU")):
-        seen = dict.fromkeys(
-            f"{where['device']}, {where['threads']} thread{'s' * (where['threads'] != 1)}, torch {where['torch']}, "
-            f"{where['native']}"
-            for record in results[device].records
-            if (where := record["environment"])
-        )
-        dates = sorted({record["date"] for record in results[device].records if "date" in record})
-        lines.append(f"{name}: {'; '.join(seen) or 'not measured'}{', ' + ', '.join(dates) if dates else ''}.  ")
+        records, told = results[device].records, []
+        for place, letter in results[device].places().items():
+            here = [r for r in records if r.get("environment") and place_of(r["environment"]) == place]
+            dates = sorted({record["date"] for record in here if "date" in record})
+            told.append(f"{f'[{letter}] ' * bool(letter)}{', '.join([place, *dates])}")
+        lines.append(f"{name}: {'; '.join(told) or 'not measured'}.  ")
     return lines
 
 

@@ -42,6 +42,12 @@ def problem(n: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def value_and_pull_back(net: nn.Module, x: Tensor, v: Tensor, t: float = 300.0) -> tuple[Tensor, Tensor]:
+    """Frozen blocks of every size: by itself torch keeps the small ones."""
+    with use_backend(Backend.NATIVE):
+        return _value_and_pull_back(net, x, v, t)
+
+
+def _value_and_pull_back(net: nn.Module, x: Tensor, v: Tensor, t: float = 300.0) -> tuple[Tensor, Tensor]:
     x = x.detach().clone().requires_grad_()
     eps = net(x, t)[:, :3]
     (pulled,) = torch.autograd.grad(eps, x, v)
@@ -50,7 +56,7 @@ def value_and_pull_back(net: nn.Module, x: Tensor, v: Tensor, t: float = 300.0) 
 
 def plain(net: nn.Module, *args) -> tuple[Tensor, Tensor]:
     with use_backend(Backend.REFERENCE):
-        return value_and_pull_back(net, *args)
+        return _value_and_pull_back(net, *args)
 
 
 def errors(actual, expected) -> list[float]:
@@ -112,7 +118,9 @@ def test_block(convolutions, resample, c_in, c_out):
         with use_backend(Backend.REFERENCE):
             truth = run(double, *(m.double() for m in maps))
             allowed = allowed_errors(run, block, maps, truth)
-        for error, bound in zip(errors(run(block, *maps), truth), allowed, strict=True):
+        with use_backend(Backend.NATIVE):
+            found = errors(run(block, *maps), truth)
+        for error, bound in zip(found, allowed, strict=True):
             assert error <= bound
 
 
@@ -138,7 +146,7 @@ def test_the_decoder_never_joins_its_maps(device, dtype):
         value_and_pull_back(net, x.to(device), v.to(device))
     assert not written.joined and "fastem::group_norm_silu_backward" in written.names
     assert ("fastem::fused_conv" in written.names) == (device == "cpu")
-    with use_backend(Backend.REFERENCE), Written() as written:
+    with Written() as written:
         plain(net, x.to(device), v.to(device))
     assert written.joined
 
@@ -150,7 +158,8 @@ def test_layout_of_the_maps_on_the_way():
     for block in net.modules():
         if isinstance(block, ResBlock):
             block.register_forward_hook(lambda _, __, out: maps.append(out))
-    net(x, 300.0)
+    with use_backend(Backend.NATIVE):
+        net(x, 300.0)
     assert len(maps) == len(net._blocks())
     assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
 
@@ -167,7 +176,7 @@ def test_bits_do_not_depend_on_the_batch_the_threads_or_the_gradient():
         alone = [value_and_pull_back(net, x[i : i + 1], v[i : i + 1]) for i in range(3)]
         torch.set_num_threads(3)
         together = value_and_pull_back(net, x, v)
-        with torch.inference_mode():
+        with torch.inference_mode(), use_backend(Backend.NATIVE):
             assert torch.equal(net(x, 300.0)[:, :3], together[0])
     finally:
         torch.set_num_threads(threads)
@@ -196,7 +205,8 @@ def test_threads_share_a_network_and_graphs_live_side_by_side():
     assert max(max(errors(a, e)) for a, e in zip(actual, expected, strict=True)) < 1e-5
     x, v = (torch.cat(t) for t in zip(*inputs[::2], strict=True))
     leaves = [row.clone().requires_grad_() for row in x.split(1)]
-    outputs = [net(leaf, 300.0)[:, :3] for leaf in leaves]
+    with use_backend(Backend.NATIVE):
+        outputs = [net(leaf, 300.0)[:, :3] for leaf in leaves]
     for i in (1, 0, 2):
         (first,) = torch.autograd.grad(outputs[i], leaves[i], v[i : i + 1], retain_graph=True)
         (again,) = torch.autograd.grad(outputs[i], leaves[i], v[i : i + 1])
@@ -211,9 +221,22 @@ def test_training_takes_the_plain_blocks():
     assert all(p.grad is not None and p.grad.any() for p in net.input_blocks.parameters())
     net.requires_grad_(False)
     x.requires_grad_()
-    (grad,) = torch.autograd.grad(net(x, 300.0)[:, :3], x, v.requires_grad_(), create_graph=True)
+    with use_backend(Backend.NATIVE):
+        (grad,) = torch.autograd.grad(net(x, 300.0)[:, :3], x, v.requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(grad.sum(), x)
+
+
+def test_torch_keeps_what_is_too_small():
+    """Without a choice of backend: large maps run fused, small ones by torch alone, and both agree."""
+    net, (x, v) = network(**SMALL), problem(1, 64, 64)
+    with Written() as large:
+        found = _value_and_pull_back(net, x, v)
+    assert max(errors(found, plain(net, x, v))) < 1e-5
+    with Written() as small:
+        _value_and_pull_back(net, x[..., :8, :8], v[..., :8, :8])
+    assert "fastem::fused_conv" in large.names and "fastem::fused_conv" not in small.names
+    assert small.names.count("aten::native_group_norm") > len(net._blocks())  # the norms of the blocks too
 
 
 def test_small_maps_with_many_channels_are_torchs():

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastem.ops.backend import Backend, implementation, select
+from fastem.ops.backend import Backend, current_backend, implementation, select
 from fastem.ops.conv import ConvKind, PackedConv, fused_conv, pack_adjoint, pack_conv, runs_native
 
 if TYPE_CHECKING:
     from fastem.models.unet import ResBlock
 
 LAST = torch.channels_last
+LEAST_FLOPS = 12e6  # of a convolution per image
 Film = tuple[Tensor, Tensor]
 
 
@@ -41,10 +42,10 @@ class Conv(nn.Conv2d):
         weight, bias, n_out = self.weight, self.bias, n_out or self.out_channels
         if n_out < self.out_channels:
             weight, bias = weight[:n_out], bias[:n_out]
-        recording = torch.is_grad_enabled()
-        if not (x.numel() and runs_native(x) and weight.dtype == x.dtype) or (
-            recording and (self.weight.requires_grad or self.bias.requires_grad)
-        ):
+        recording, size = torch.is_grad_enabled(), x.shape[2:]
+        native = x.numel() and runs_native(x) and weight.dtype == x.dtype and large(self, *size, n_out)
+        pays = native and (self.pays(*size, self.in_channels, n_out) or self.pays(*size, n_out, self.in_channels))
+        if not pays or (recording and (self.weight.requires_grad or self.bias.requires_grad)):
             return F.conv2d(x, weight, bias, padding=self.padding)
         if recording and x.requires_grad:
             return _Conv.apply(x, self, n_out)
@@ -180,7 +181,7 @@ class Engine:
 
 
 def engine_for(block: ResBlock, x: Tensor, e: Tensor, skip: Tensor | None) -> Engine | None:
-    """None where the plain block runs: where a gradient is wanted for its weights, and on plain torch."""
+    """None where the plain block runs: where a gradient is wanted for its weights, on plain torch, on tiny maps."""
     if x.numel() == 0 or (skip is not None and (block.resamples or isinstance(block.skip_connection, nn.Identity))):
         return None
     if torch.is_grad_enabled() and (e.requires_grad or any(p.requires_grad for p in block.weights())):
@@ -190,7 +191,28 @@ def engine_for(block: ResBlock, x: Tensor, e: Tensor, skip: Tensor | None) -> En
     if backend is Backend.REFERENCE or norm.dtype != torch.float32:
         return None
     native = backend is Backend.NATIVE and x.device.type == "cpu" and block.in_layers[2].weight.dtype == x.dtype
+    if x.device.type == "cpu" and not (native and worthwhile(block, x)):
+        return None
     return Engine(implementation(backend), native)
+
+
+def large(conv: Conv, height: int, width: int, n_out: int) -> bool:
+    """Whether an image is worth what a node of autograd written in Python costs; yes where native is asked for."""
+    flops = 2 * conv.side**2 * conv.in_channels * n_out * height * width
+    return flops >= LEAST_FLOPS or current_backend() is not Backend.AUTO
+
+
+def worthwhile(block: ResBlock, x: Tensor) -> bool:
+    """Whether this block runs fused on a CPU. Elsewhere what torch alone does is faster."""
+    if current_backend() is not Backend.AUTO:
+        return True
+    conv, size = block.out_layers[3], block.out_size(*x.shape[2:])
+    return large(conv, *size, conv.out_channels) and conv.pays(*size, conv.in_channels, conv.out_channels)
+
+
+def small(block: ResBlock, x: Tensor) -> bool:
+    """Whether the norms of a block are left to plain torch too: on a CPU, where it is too small to run fused."""
+    return x.device.type == "cpu" and x.numel() > 0 and not worthwhile(block, x)
 
 
 def fused_block(block: ResBlock, x: Tensor, e: Tensor, skip: Tensor | None, engine: Engine) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fastem import ops
 from fastem.models import frozen
 from fastem.models.frozen import Conv
+from fastem.ops.backend import Backend, use_backend
 
 IMAGE_SIZE = {4: 64, 5: 128, 6: 256, 7: 512}  # of the published networks, by number of levels
 PREPARED = 4  # schedules whose tables a network keeps
@@ -233,6 +235,10 @@ class ResBlock(nn.Module):
     def resamples(self) -> bool:
         return self.resample is not _same
 
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        twice = {_halve: 1, _double: 4}.get(self.resample, 2)
+        return height * twice // 2, width * twice // 2
+
     @property
     def resample_adjoint(self) -> Callable[[Tensor], Tensor]:
         return ADJOINTS[self.resample]
@@ -248,7 +254,9 @@ class ResBlock(nn.Module):
         engine = frozen.engine_for(self, x, e, skip) if self.fuse else None
         if engine is not None:
             return frozen.fused_block(self, x, e, skip, engine)
-        return self.plain(x if skip is None else torch.cat([x, skip], dim=1), e)
+        joined = x if skip is None else torch.cat([x, skip], dim=1)
+        with use_backend(Backend.REFERENCE) if self.fuse and frozen.small(self, x) else nullcontext():
+            return self.plain(joined, e)
 
     def plain(self, x: Tensor, e: Tensor) -> Tensor:
         norm, _, conv = self.in_layers
