@@ -161,10 +161,14 @@ class StepConstants(NamedTuple):
     index: Number  # of the step in the schedule: a word of the counter of its noise
 
     @classmethod
-    def of(cls, step: Step, guidance: Guidance, rule: Rule, r2: Variance) -> StepConstants:
+    def of(
+        cls, step: Step, guidance: Guidance, rule: Rule, r2: Variance, error: Variance | None = None
+    ) -> StepConstants:
+        """`r2` and `error` as in `sample`."""
         gain = guidance.gain(step, r2) if guidance.jacobian else 0.0
+        r2_kernel = (error or r2)(step.sigma_t) / 4
         coefficients = rule.coefficients(step)
-        return cls(step.t, step.alpha_bar, guidance.r2(step, r2), r2(step.sigma_t) / 4, gain, *coefficients, step.index)
+        return cls(step.t, step.alpha_bar, guidance.r2(step, r2), r2_kernel, gain, *coefficients, step.index)
 
 
 Draw = Callable[[], Tensor]  # of the noise of one step, (B, n, C, H, W)
@@ -257,8 +261,8 @@ Execute = Callable[[StepBody, Observation, object, Tensor, Sequence[StepConstant
 
 def sample(
     model: nn.Module, observation: Observation, estimator: KernelEstimator, guidance: Guidance, schedule: Schedule,
-    *, noise: Noise | None, rule: Rule = DDPM(), r2: Variance = default_r2, x_start: Tensor | None = None,
-    vjp_down_to: float = 0.0, execute: Execute = Eager, on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
+    *, noise: Noise | None, rule: Rule = DDPM(), r2: Variance = default_r2, error: Variance | None = None,
+    x_start: Tensor | None = None, vjp_down_to: float = 0.0, execute: Execute = Eager, on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Draws particles from the posterior of the sharp images, asking the estimator for the kernel at every step.
 
@@ -270,7 +274,9 @@ def sample(
         schedule: the steps, from `Schedule`.
         noise: x_T and the noise of each step, `(B, n, C, H, W)`; None where neither is drawn.
         rule: `DDPM`, `DDIM`, `Renoise` or `PlugAndPlay`.
-        r2: mean squared error of x0_hat as a function of the noise level, in [-1, 1] units.
+        r2: r_t^2 of the guidance as a function of the noise level, in [-1, 1] units.
+        error: mean squared error of x0_hat that the estimator is told (Appendix D), likewise; `fastem.models.EpsModel.r2`
+            is that measured for the weights. None: r2.
         x_start: particles at the first step in network range, instead of `noise.start()`.
         vjp_down_to: at lower noise levels (sigma_t) the Jacobian of x0_hat counts as sqrt(alpha_bar), its limit at no
             noise, and the backward pass is saved.

@@ -169,7 +169,29 @@ def test_plug_and_play_draws_no_noise():
         ).x
         for start in (2 * y[:, None] - 1, 2 * y[:, None] - 1)
     ]  # fmt: skip
-    assert torch.equal(*runs) and still_r2(0.3) == 2 * default_r2(0.3)
+    assert torch.equal(*runs) and still_r2(0.3) == 2.5 * default_r2(0.3)
+
+
+def test_the_estimator_is_told_the_error_of_the_network_not_the_r2_of_the_guidance():
+    told = []
+
+    class Listener(Known):
+        def rests(self, step):
+            return False
+
+        def update(self, state, X, observation, r2):
+            told.append(r2)
+            return state
+
+    y, delta = uniform(1, 3, 6, 6, seed=1), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    observation, schedule = Observation.of(y, torch.full((1,), 0.05, dtype=y.dtype)), Schedule.karras(3, 1.0)
+    for options in ({"error": lambda s: 0.01 * s}, {}):
+        sample(
+            GaussianEps(torch.zeros(3, 6, 6), 0.5**2), observation, Listener(delta), PosteriorMean(), schedule,
+            noise=None, rule=PlugAndPlay(), x_start=2 * y[:, None] - 1, **options,
+        )  # fmt: skip
+    levels = [step.sigma_t for step in schedule.reverse()]
+    assert told == pytest.approx([0.01 * s / 4 for s in levels] + [default_r2(s) / 4 for s in levels])
     assert ((runs[0][:, 0] + 1) / 2 - y).abs().max() < 0.1  # no blur, little noise: y is the answer
 
 
