@@ -637,7 +637,8 @@ class Deblurrer:
 
         return sample(
             model, observation, estimator, guide, schedule, noise=noise_, rule=PlugAndPlay() if still else _rule(guide),
-            r2=still_r2 if still else _r2(guide), error=self.model.r2, x_start=x_start, execute=self.execute, on_step=record,
+            r2=still_r2 if still else _r2(guide), error=self.model.r2, x_start=x_start, execute=self.execute,
+            on_step=record,
         )  # fmt: skip
 
     def _find_kernel(

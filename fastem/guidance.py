@@ -37,8 +37,8 @@ def still_r2(sigma_t: float) -> float:
     """2.5 times `default_r2`: for `fastem.samplers.PlugAndPlay`, whose x_t holds less noise than the network is told.
 
     With the true kernel 2 loses 0.2 dB at noise of 7.65 grey levels, 3.5 loses 0.4 dB at 2.55, 1 up to 0.8, 5 several.
-    A spectrum in its place, the error of x0_hat measured by frequency, loses more than 1 dB: what is left of the blur is
-    no error that the network knows.
+    A spectrum in its place, the error of x0_hat measured by frequency, loses more than 1 dB: what is left of the blur
+    is no error that the network knows.
     """
     return 2.5 * default_r2(sigma_t)
 

@@ -262,7 +262,8 @@ Execute = Callable[[StepBody, Observation, object, Tensor, Sequence[StepConstant
 def sample(
     model: nn.Module, observation: Observation, estimator: KernelEstimator, guidance: Guidance, schedule: Schedule,
     *, noise: Noise | None, rule: Rule = DDPM(), r2: Variance = default_r2, error: Variance | None = None,
-    x_start: Tensor | None = None, vjp_down_to: float = 0.0, execute: Execute = Eager, on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
+    x_start: Tensor | None = None, vjp_down_to: float = 0.0, execute: Execute = Eager,
+    on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Draws particles from the posterior of the sharp images, asking the estimator for the kernel at every step.
 
@@ -275,8 +276,8 @@ def sample(
         noise: x_T and the noise of each step, `(B, n, C, H, W)`; None where neither is drawn.
         rule: `DDPM`, `DDIM`, `Renoise` or `PlugAndPlay`.
         r2: r_t^2 of the guidance as a function of the noise level, in [-1, 1] units.
-        error: mean squared error of x0_hat that the estimator is told (Appendix D), likewise; `fastem.models.EpsModel.r2`
-            is that measured for the weights. None: r2.
+        error: mean squared error of x0_hat that the estimator is told (Appendix D), likewise;
+            `fastem.models.EpsModel.r2` is that measured for the weights. None: r2.
         x_start: particles at the first step in network range, instead of `noise.start()`.
         vjp_down_to: at lower noise levels (sigma_t) the Jacobian of x0_hat counts as sqrt(alpha_bar), its limit at no
             noise, and the backward pass is saved.

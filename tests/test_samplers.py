@@ -170,6 +170,7 @@ def test_plug_and_play_draws_no_noise():
         for start in (2 * y[:, None] - 1, 2 * y[:, None] - 1)
     ]  # fmt: skip
     assert torch.equal(*runs) and still_r2(0.3) == 2.5 * default_r2(0.3)
+    assert ((runs[0][:, 0] + 1) / 2 - y).abs().max() < 0.1  # no blur, little noise: y is the answer
 
 
 def test_the_estimator_is_told_the_error_of_the_network_not_the_r2_of_the_guidance():
@@ -192,7 +193,6 @@ def test_the_estimator_is_told_the_error_of_the_network_not_the_r2_of_the_guidan
         )  # fmt: skip
     levels = [step.sigma_t for step in schedule.reverse()]
     assert told == pytest.approx([0.01 * s / 4 for s in levels] + [default_r2(s) / 4 for s in levels])
-    assert ((runs[0][:, 0] + 1) / 2 - y).abs().max() < 0.1  # no blur, little noise: y is the answer
 
 
 @pytest.mark.parametrize("schedule", [Schedule.linear().respace(50), Schedule.karras(15, 1)], ids=["linear", "karras"])
