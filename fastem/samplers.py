@@ -287,7 +287,7 @@ def sample(
     Source: Algorithm 1 (known kernel) and Algorithm 2 (Fast EM), Laroche et al. 2024.
     """
     steps = list(schedule.reverse())
-    table = [StepConstants.of(step, guidance, rule, r2) for step in steps]
+    table = [StepConstants.of(step, guidance, rule, r2, error) for step in steps]
     x_t = noise.start() if x_start is None else x_start
     run = execute(StepBody(model, estimator, guidance), observation, estimator.start(observation), x_t, table)
     for row, step in ranges.each(ranges.STEP, enumerate(steps)):
