@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fastem.em import HQS, EdgeEM, KernelState, Known  # noqa: E402
 from fastem.engine import Deblurrer  # noqa: E402
 from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2  # noqa: E402
 from fastem.metrics import psnr  # noqa: E402
-from fastem.models import load_kernel_denoiser, load_model  # noqa: E402
+from fastem.models import UNet, UNetConfig, UNetEps, load_kernel_denoiser, load_model  # noqa: E402
 from fastem.mstep import PnP  # noqa: E402
 from fastem.operators import Canvas, Observation  # noqa: E402
 from fastem.runtime import StepGraphs, Transfers  # noqa: E402
@@ -156,6 +157,54 @@ def test_gradients_of_16_bits(dtype, tolerance, size):
 
     for actual, expected in zip(both(model), both(exact), strict=True):
         assert float((actual - expected).norm() / expected.norm()) < tolerance
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["plain", "channels last"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)], ids=str
+)
+def test_frozen_blocks_of_a_unet(dtype, tolerance, last):
+    """Values and gradients of the blocks as one function each, against plain torch in float64."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(widths=(64, 128, 128), base=64, attention_levels=(2,), num_head_channels=64))
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    exact, model = UNetEps(net.requires_grad_(False)), UNetEps(copy.deepcopy(net))
+    exact = exact.to(DEVICE).double()
+    model.set_precision(dtype)
+    model.to(DEVICE, memory_format=torch.channels_last if last else torch.preserve_format)
+    model.prepare([300.0])
+    x, v = torch.randn(2, 2, 3, 64, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE)
+
+    def both(network, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        eps = network(leaf, 300.0)
+        return eps.detach(), torch.autograd.grad(eps, leaf, v.to(dtype))[0]
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        actual = both(model, torch.float32)
+    assert any(e.name == "fastem::group_norm_silu_backward" for e in profile.events())
+    for a, e in zip(actual, both(exact, torch.float64), strict=True):
+        assert float((a - e).norm() / e.norm()) < tolerance
+
+
+def test_steps_of_a_unet_are_recorded():
+    """PiGDM in 16 bits: the backward pass of the frozen blocks inside the graph."""
+    torch.manual_seed(0)
+    net = UNet(UNetConfig(widths=(64, 128), base=64, attention_levels=(1,), num_head_channels=64))
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    model = UNetEps(net.requires_grad_(False))
+    model.set_precision(torch.float16)
+    model.to(DEVICE, memory_format=torch.channels_last)
+    model.prepare([step.t for step in Schedule.linear().respace(6).reverse()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that a step could not be recorded
+        actual = draw(StepGraphs(), model, PiGDM(), estimator_of("hqs"))
+    expected = draw(Eager, model, PiGDM(), estimator_of("hqs"))
+    torch.testing.assert_close(actual.x, expected.x, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastem.models import UNet, UNetConfig
-from fastem.models.frozen import Conv
+from fastem.models.frozen import Conv, Engine, fused_block
 from fastem.models.unet import ResBlock, _double, _halve, _same
-from fastem.ops import Backend, native, use_backend
+from fastem.ops import Backend, native, reference, use_backend
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
@@ -122,6 +122,41 @@ def test_block(convolutions, resample, c_in, c_out):
             found = errors(run(block, *maps), truth)
         for error, bound in zip(found, allowed, strict=True):
             assert error <= bound
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize("scale_shift", [True, False], ids=["film", "added"])
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+@pytest.mark.parametrize("resample", [_same, _halve, _double], ids=lambda f: f.__name__)
+def test_blocks_of_other_types(resample, merged, scale_shift, dtype, tolerance):
+    """With the norm of plain torch: in float64 no difference could hide, and bfloat16 is how a GPU runs them."""
+    torch.manual_seed(2)
+    block = ResBlock(64, 32, UNetConfig(widths=(32,), base=32, scale_shift=scale_shift), resample).requires_grad_(False)
+    nn.init.normal_(block.out_layers[3].weight, std=0.05)
+    block, emb = block.double(), torch.randn(2, 128, dtype=torch.float64)
+    x, v = torch.randn(2, 2, 64, 8, 12, dtype=torch.float64)
+    v = v[:, :32].repeat(1, 1, 2, 2)[..., : block.out_size(8, 12)[0], : block.out_size(8, 12)[1]]
+    maps = [x] if resample is not _same else [x[:, :40], x[:, 40:]]
+
+    def run(block: ResBlock, dtype: torch.dtype, engine: Engine | None) -> list[Tensor]:
+        given = [m.to(dtype).requires_grad_() for m in maps]
+        e = block.emb_layers(emb.to(block.emb_layers[1].weight.dtype))
+        if engine is None:
+            out = block.plain(torch.cat(given, dim=1), e)
+        else:
+            out = fused_block(block, given[0], e, given[1] if len(given) > 1 else None, engine)
+        return [out.detach(), *torch.autograd.grad(out, given, v.to(out.dtype))]
+
+    truth, narrow = run(block, torch.float64, None), copy.deepcopy(block)
+    if dtype is torch.bfloat16:
+        narrow.float()
+        for module in narrow.modules():
+            if isinstance(module, Conv):
+                module.to(dtype)
+    if merged:
+        narrow.up_weight = narrow.merged_upsampling()
+    actual = run(narrow, dtype, Engine(reference, native=False))
+    assert all(a.dtype == dtype for a in actual) and max(errors(actual, truth)) < tolerance
 
 
 class Written(TorchDispatchMode):
