@@ -141,6 +141,7 @@ def pull_back(
 
 def _add_product(out: Tensor, x: Tensor, matrix: Tensor) -> Tensor:
     """`out += x @ matrix` over the channels, in place."""
+    out = channels_last(out)
     rows = _pixels(out).view(-1, out.shape[1])
     torch.addmm(rows, _pixels(x).reshape(-1, x.shape[1]), matrix, out=rows)
     return out
