@@ -109,6 +109,19 @@ def test_fetching_does_not_hold_up_the_next_computation():
     assert leaving.get()[0].tolist() == [1, 1]
 
 
+def test_what_cannot_be_sent_ahead_travels_with_its_batch(monkeypatch):
+    queues = LazyQueues()
+    transfers = Transfers(None, queues)
+    monkeypatch.setattr(runtime.transfer, "AHEAD_BYTES", 8)
+    assert transfers.send(torch.zeros(2)) is not None and transfers.send(torch.zeros(3)) is None
+
+    def full(t, stream):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    queues.upload = full
+    assert transfers.send(torch.zeros(2)) is None
+
+
 def test_on_a_cpu_nothing_moves():
     t, transfers = torch.ones(2), Transfers(torch.device("cpu"))
     assert not transfers.overlap and transfers.send(t).get() is t

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+AHEAD_BYTES = 64e6  # of a tensor that is sent ahead: several wait on the device
+
 
 class Queues(Protocol):
     """Streams of a device: what `Transfers` needs of `torch.cuda`."""
@@ -127,11 +129,19 @@ class Transfers:
         """Whether there is anything beside the computation."""
         return self.queues is not None
 
-    def send(self, t: Tensor) -> Arriving:
-        """From any thread, ahead of the computation that will use it."""
+    def send(self, t: Tensor) -> Arriving | None:
+        """From any thread, ahead of the computation that will use it; None for what should rather travel with it.
+
+        That is what is large, and what cannot be sent: if memory ended, who computes knows what to do.
+        """
         if self.queues is None:
             return Arriving(t)
-        tensor = self.queues.upload(t, self._inward)
+        if t.nbytes > AHEAD_BYTES:
+            return None
+        try:
+            tensor = self.queues.upload(t, self._inward)
+        except (RuntimeError, MemoryError):
+            return None
         return Arriving(tensor, self.queues.event(self._inward), self.queues)
 
     def fetch(self, tensors: Sequence[Tensor]) -> Leaving:
