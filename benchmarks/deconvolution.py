@@ -1,6 +1,7 @@
 """Deconvolution with the true kernel: the engine against a Wiener filter and total variation, both tuned by oracle.
 
-    python benchmarks/deconvolution.py DATA -o results.json [--sigma 2.55 7.65] [--images 12] [--guidance mean pigdm]
+    python benchmarks/deconvolution.py DATA -o results.json [--sigma 2.55 7.65] [--images 12] [--prior natural]
+                                       [--guidance mean pigdm]
 
 DATA holds `sharp/*.png` and `kernels/*.npy`; kernels of up to 49 pixels take part, each image gets one. Blur is
 circular, which is exact for all methods. The classical ones get the constant that is best for the mean PSNR of the very
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, nargs="+", default=[2.55, 7.65], help="grey levels")
     parser.add_argument("--images", type=int, default=12)
     parser.add_argument("--guidance", nargs="*", default=["mean", "pigdm"])
+    parser.add_argument("--prior", default="natural")
     parser.add_argument("--steps", type=int, help="of the engine; default: its own for each guidance")
     args = parser.parse_args()
     given = load(args.data, args.images)
@@ -146,12 +148,14 @@ def main() -> None:
             group[f"{name}, constant"] = constant
             print(f"sigma {level:g}  {name:16} {statistics.mean(group['psnr'][name]):6.2f} dB, constant {constant:.3g}",
                   flush=True)  # fmt: skip
-        model = fastem.load_model("natural").denoiser
+        model = fastem.load_model(args.prior).denoiser
         scores = [metrics.psnr(plug_and_play(model, y, k, sigma).clamp(0, 1), x) for x, y, k in cases]
         group["psnr"]["plug-and-play"] = scores
         print(f"sigma {level:g}  {'plug-and-play':16} {statistics.mean(scores):6.2f} dB", flush=True)
         for guidance in args.guidance:
-            engine = fastem.Deblurrer(method="known", guidance=guidance, boundary="circular", steps=args.steps)
+            engine = fastem.Deblurrer(
+                args.prior, method="known", guidance=guidance, boundary="circular", steps=args.steps
+            )
             report.setdefault("engine", {})[guidance] = engine.config
             start, scores = time.perf_counter(), []
             for i, (x, y, k) in enumerate(cases):

@@ -44,7 +44,7 @@ def image_prior(
     minutes: Minutes = None,
     cooldown: Cooldown = None,
     batch_size: Annotated[int, typer.Option(min=1, help="patches per step and process")] = 32,
-    patch: Annotated[int, typer.Option(min=16, help="side of a patch, pixels")] = 48,
+    patch: Annotated[int, typer.Option(min=16, help="side of a patch, pixels")] = 64,
     size: Annotated[Literal["natural", "natural-large"], typer.Option(help="1.8 or 14 million parameters")] = "natural",
     validation: Annotated[
         list[Path] | None,

@@ -2,7 +2,7 @@
 
 Architecture: a U-Net of plain residual blocks on 2x2 pixel-unshuffled input, conditioned on the
 noise level by feature-wise affine maps. There is no attention and no normalisation layer, so
-nothing depends on the size of the image: 48-pixel training patches transfer to whole photographs.
+nothing depends on the size of the image: 64-pixel training patches transfer to whole photographs.
 
 Preconditioning: Karras et al. 2022 (EDM), Table 1 and Eq. (7).
 """

@@ -27,12 +27,12 @@ CHECK_STEPS = 20  # on a GPU the loss is looked at after so many steps: each loo
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and how hard; the defaults are the recipe of the bundled natural prior on two CPU cores."""
+    """How long and how hard; the defaults are for the bundled natural prior on a CPU."""
 
     minutes: float = 120.0  # wall-clock time of this call
     cooldown: float = 25.0  # minutes of linear decay to zero at its end; 0 leaves the run resumable at full rate
     batch_size: int = 32  # of each process
-    patch: int = 48
+    patch: int = 64
     lr: float = 1e-3
     warmup: int = 300  # steps
     ema_halflife: float = 2000.0  # steps
