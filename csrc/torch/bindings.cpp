@@ -250,7 +250,8 @@ std::tuple<Tensor, Tensor> group_norm_silu_backward(const Tensor& grad_, const T
   });
   group_norm_means_cpu(partial.data(), mean_q.data(), mean_qx.data(), p, 0, mean.numel());
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    group_norm_silu_backward_cpu(data, more, in(mean), in(rstd), mean_q.data(), mean_qx.data(), to, other, p, begin, end);
+    group_norm_silu_backward_cpu(data, more, in(mean), in(rstd), mean_q.data(), mean_qx.data(), to, other, p, begin,
+                                 end);
   });
   return {dx, dskip};
 }
