@@ -104,7 +104,7 @@ class CompiledUNet(UNetEps):
         for module in self.net.modules():
             if isinstance(module, GroupNorm32):
                 module.then_silu = MethodType(_plain_norm_silu, module)
-            if isinstance(module, ResBlock):
+            if isinstance(module, ResBlock | UNet):
                 module.fuse = False
             if isinstance(module, Conv):
                 module.forward = MethodType(_plain_conv, module)

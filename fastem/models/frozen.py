@@ -182,7 +182,7 @@ class Engine:
 
 
 def engine_for(block: ResBlock, x: Tensor, e: Tensor, skip: Tensor | None) -> Engine | None:
-    """None where the plain block runs: where a gradient is wanted for its weights, on plain torch, on tiny maps."""
+    """None where the plain block runs: where a gradient is wanted for its weights, and on plain torch."""
     if x.numel() == 0 or (skip is not None and (block.resamples or isinstance(block.skip_connection, nn.Identity))):
         return None
     if torch.is_grad_enabled() and (e.requires_grad or any(p.requires_grad for p in block.weights())):
@@ -192,7 +192,7 @@ def engine_for(block: ResBlock, x: Tensor, e: Tensor, skip: Tensor | None) -> En
     if backend is Backend.REFERENCE or norm.dtype != torch.float32:
         return None
     native = backend is Backend.NATIVE and x.device.type == "cpu" and block.in_layers[2].weight.dtype == x.dtype
-    if x.device.type == "cpu" and not (native and worthwhile(block, x)):
+    if x.device.type == "cpu" and not native:
         return None
     return Engine(implementation(backend), native)
 
@@ -203,17 +203,12 @@ def large(conv: Conv, height: int, width: int, n_out: int) -> bool:
     return flops >= LEAST_FLOPS or current_backend() is not Backend.AUTO
 
 
-def worthwhile(block: ResBlock, x: Tensor) -> bool:
-    """Whether this block runs fused on a CPU. Elsewhere what torch alone does is faster."""
-    if current_backend() is not Backend.AUTO:
-        return True
-    conv, size = block.out_layers[3], block.out_size(*x.shape[2:])
-    return large(conv, *size, conv.out_channels) and conv.pays(*size, conv.in_channels, conv.out_channels)
-
-
 def small(block: ResBlock, x: Tensor) -> bool:
-    """Whether the norms of a block are left to plain torch too: on a CPU, where it is too small to run fused."""
-    return x.device.type == "cpu" and x.numel() > 0 and not worthwhile(block, x)
+    """Whether a block is left to plain torch, the norms too: on a CPU, where that is the faster way."""
+    if x.device.type != "cpu" or current_backend() is not Backend.AUTO:
+        return False
+    conv, size = block.out_layers[3], block.out_size(*x.shape[2:])
+    return not (large(conv, *size, conv.out_channels) and conv.pays(*size, conv.in_channels, conv.out_channels))
 
 
 def fused_block(block: ResBlock, x: Tensor, e: Tensor, skip: Tensor | None, engine: Engine) -> Tensor:

@@ -207,7 +207,7 @@ class ResBlock(nn.Module):
     `plain` is the specification, and what runs where weights are trained; `frozen.fused_block` is the same, faster.
     """
 
-    fuse = True
+    fuse = True  # False: always `plain`, for a compiler
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, resample=_same) -> None:
         super().__init__()
@@ -251,11 +251,12 @@ class ResBlock(nn.Module):
         With `skip` it is the block of x and skip concatenated; only `plain` writes the concatenation.
         """
         e = self.emb_layers(emb) if film is None else film.expand(len(x), -1)
-        engine = frozen.engine_for(self, x, e, skip) if self.fuse else None
+        small = self.fuse and frozen.small(self, x)
+        engine = frozen.engine_for(self, x, e, skip) if self.fuse and not small else None
         if engine is not None:
             return frozen.fused_block(self, x, e, skip, engine)
         joined = x if skip is None else torch.cat([x, skip], dim=1)
-        with use_backend(Backend.REFERENCE) if self.fuse and frozen.small(self, x) else nullcontext():
+        with use_backend(Backend.REFERENCE) if small else nullcontext():
             return self.plain(joined, e)
 
     def plain(self, x: Tensor, e: Tensor) -> Tensor:
@@ -346,6 +347,8 @@ class UNet(nn.Module):
     Returns `(N, out_channels, H, W)`: eps, and behind it the variance values of networks that learn them.
     H and W must be multiples of `stride` (`eps.UNetEps` pads).
     """
+
+    fuse = True  # whether layers choose what runs them, as those of a `ResBlock` do
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -464,7 +467,9 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = block(h, emb, films, skips.pop())
         norm, _, conv = self.out
-        h = norm.then_silu(h.to(conv.weight.dtype))
+        small = self.fuse and h.device.type == "cpu" and not frozen.large(conv, *h.shape[2:], conv.in_channels)
+        with use_backend(Backend.REFERENCE) if small else nullcontext():
+            h = norm.then_silu(h.to(conv.weight.dtype))
         return conv(h, self.num_outputs).to(x.dtype)
 
 
