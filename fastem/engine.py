@@ -20,7 +20,7 @@ from torch import Tensor
 from fastem import io, noise, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em
 from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, Variance, default_r2, noise_r2, still_r2
-from fastem.initial import CoarseToFine, centre_by_pixels, find_kernel_size
+from fastem.initial import CoarseToFine, centre_by_pixels, drop_faint, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
@@ -32,15 +32,14 @@ from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
 JPEG_INFLATION = 1.5  # of the error of the luminance: colours are stored coarser, and the error is not white
-TURBO_STEPS, TURBO_ROUNDS, TURBO_EVERY = 10, 1, 2  # reverse steps, rounds, and in which steps the kernel learns
 MIN_SIDE = 8  # pixels
 TIGHT_TILE = 256  # pixels: side of the tiles where memory has ended
 NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
 SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes minutes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
-EM_ROUNDS, EM_STEPS = 2, 10  # runs that look for the kernel, and their steps; one more run restores with it
 INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
+FAINT = 0.05  # of the peak: smaller values of a kernel found by "hqs" are dropped, a background of them is a haze
 CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the noise, is searched for again
 SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens edges
@@ -48,6 +47,19 @@ FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" 
 VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
 GAMMAS = (1.0, 2.2)  # that "auto" tries
 STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a preset spends on an image."""
+
+    rounds: int  # runs that look for the kernel
+    search_steps: int  # reverse steps of each
+    steps: int  # of the run that restores with it; the default of `steps`
+    every: int = 1  # the kernel learns in steps whose index is a multiple of this
+
+
+EFFORTS = {"exact": Effort(rounds=3, search_steps=9, steps=12), "turbo": Effort(2, 7, 9, every=1)}
 
 
 class Method(StrEnum):
@@ -208,12 +220,13 @@ class Deblurrer:
         prior: the diffusion prior: a bundled name (`"natural"`), a checkpoint file, a state dict or an eps model.
         method: `"fast-em"` (Algorithm 2), `"diffusion-em"` (Algorithm A.1) or `"known"` (the kernel is always given).
         guidance: `"mean"` (Jacobian-free, the default), `"pigdm"` or `"dps"`.
-        steps: reverse steps; by default what the guidance needs (15, 100, 1000).
+        steps: reverse steps; by default what the guidance needs (12, 100, 1000).
         particles: samples per image; the M-step uses all of them.
         kernel_size: side of the kernel's support in pixels, odd or even, or (h, w); `"auto"` finds it for each image,
             up to 129.
         compat: `"paper"`, our reading and corrections, or `"released"`, the released program to the last detail.
-        m_step: `"edges"` (the default, from a coarse-to-fine start) or `"hqs"`, Eq. (22)-(25) from a delta.
+        m_step: `"edges"` (the default, from a coarse-to-fine start) or `"hqs"`, Eq. (22)-(25) from a delta; with
+            guidance "mean" another run restores with the kernel that was found.
         r2_term: Appendix D's r_t^2 term in the HQS M-step.
         mode: `"mean"`, the best PSNR: guidance "mean" draws no noise but that of the start, and the image is the mean
             of the particles; or `"sample"`, a draw from the posterior: the particle whose residual is nearest to the
@@ -260,12 +273,11 @@ class Deblurrer:
             raise ValueError("r2_term belongs to the M-step 'hqs'; add m_step 'hqs', or leave r2_term out")
         self.r2_term, self.guard = r2_term, guard
         self.mode = _choice("mode", mode, Mode)
-        self.preset = _choice("preset", preset, ("exact", "turbo"))
-        turbo = self.preset == "turbo"
-        if turbo and (self.guidance is not Guide.MEAN or self.m_step != "edges" or self.method is Method.DIFFUSION_EM):
+        self.preset = _choice("preset", preset, tuple(EFFORTS))
+        self.effort = EFFORTS[self.preset]
+        if self.preset == "turbo" and (self.guidance is not Guide.MEAN or self.m_step != "edges" or self.method is Method.DIFFUSION_EM):
             raise ValueError("preset 'turbo' was measured for the default method, guidance and M-step; leave them out")
-        self.rounds, self.learn_every = (TURBO_ROUNDS, TURBO_EVERY) if turbo else (EM_ROUNDS, 1)
-        default_steps = TURBO_STEPS if turbo else {Guide.MEAN: 15, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
+        default_steps = {Guide.MEAN: self.effort.steps, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
         self.particles = _positive("particles", particles, 1024)
         self.kernel_size = _kernel_size(kernel_size)
@@ -583,12 +595,15 @@ class Deblurrer:
         if isinstance(model, EpsModel):
             model.prepare([step.t for step in schedule.reverse()])
         trace: list[dict] = []
-        searched = 0 if kernel is not None or self.m_step == "hqs" else None  # steps it took to find the kernel
+        once = self.m_step == "hqs" and (jacobian or self.compat == "released")  # the run that finds k restores, too
+        searched = 0 if kernel is not None or once else None  # steps it took to find the kernel
 
         def record(step, x0_hat, k) -> None:
             trace.append({"index": step.index, "t": step.t, "sigma_t": step.sigma_t})
             if on_step is not None:
-                search = self.rounds * min(EM_STEPS, self.steps)
+                search = self.steps
+                if self.m_step == "edges":
+                    search = self.effort.rounds * min(self.effort.search_steps, self.steps)
                 ahead = search * math.ceil(len(trace) / search) if searched is None else searched
                 on_step(len(trace), len(schedule) + ahead)
 
@@ -609,7 +624,11 @@ class Deblurrer:
             elif self.m_step == "hqs":
                 estimator = HQS(prior, ksize, compat=self.compat, r2_ridge=self.r2_term)
                 guide = self._guide(INFLATION)
-                return self._draw(model, observation, estimator, guide, schedule, philox(0), record), canvas, trace
+                drawn = self._draw(model, observation, estimator, guide, schedule, philox(0 if once else 1), record)
+                if once:
+                    return drawn, canvas, trace
+                known, sharp = drop_faint(drawn.kernel, FAINT), torch.zeros(len(y), dtype=torch.bool, device=y.device)
+                searched = len(trace)
             else:
                 known, sharp = self._find_kernel(y, observation, ksize, seeds, record, tile)
                 searched = len(trace)
@@ -656,15 +675,15 @@ class Deblurrer:
         if bool(sharp.all()):
             return delta_kernel(len(y), ksize).to(y), sharp
         canvas = window.canvas or Canvas(*window.size, window.size)
-        schedule = Schedule.karras(min(EM_STEPS, self.steps), SIGMA_MAX, SIGMA_MIN)
+        schedule = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SIGMA_MIN)
         light = denoised.clamp(min=0) ** observation.gamma
         found = delta_kernel(len(y), ksize).to(y)
         best = torch.full((len(y),), math.inf, device=y.device)
         for search in STARTS:
             k = search(light, ksize, window.canvas, window.seen)
-            for run in range(1, self.rounds + 1):
+            for run in range(1, self.effort.rounds + 1):
                 noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]), run)
-                estimator = EdgeEM(k, every=self.learn_every)
+                estimator = EdgeEM(k, every=self.effort.every)
                 drawn = self._draw(model, window, estimator, PosteriorMean(INFLATION), schedule, noise_, record)
                 k = centre_by_pixels(drawn.kernel)
             chi2 = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y))

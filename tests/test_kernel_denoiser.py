@@ -10,7 +10,7 @@ from fastem.models import CheckpointError, load_kernel_denoiser
 from fastem.models.kernel_denoiser import FDnCNN, KernelDenoiser, KernelDenoiserConfig, save_kernel_denoiser
 from fastem.ops import reference
 from fastem.synth import motion_kernel
-from fastem.training.kernel_denoiser import denoising_gain
+from fastem.training.kernel_denoiser import clean_change, denoising_gain
 
 DATA = Path(__file__).parent / "data"
 PUBLISHED = {
@@ -97,17 +97,17 @@ def test_noise_std_is_a_number_or_one_per_kernel(bundled):
 @pytest.mark.parametrize("noise_std", [1e-3, 3.16e-3, 1e-2])
 def test_bundled_denoiser_gains_8_db(bundled, family, noise_std):
     gain = denoising_gain(bundled, kernels(33, family=family), noise_std)
-    assert gain.mean() > 12 and gain.min() > 8
+    assert gain.mean() > 11.5 and gain.min() > 8
 
 
 def test_bundled_denoiser_gains_8_db_at_the_published_setting_for_64(bundled):
     assert denoising_gain(bundled, kernels(64, range(6)), 1.41e-3).min() > 8
 
 
-def test_bundled_denoiser_leaves_clean_kernels_alone(bundled):
-    k = kernels(33)
-    change = (bundled(k, 1e-4) - k).flatten(1).norm(dim=1) / k.flatten(1).norm(dim=1)
-    assert change.max() < 0.02
+@pytest.mark.parametrize("size, noise_std", [(17, 3.16e-3), (33, 3.16e-3), (33, 1e-4), (64, 1.41e-3), (65, 3.16e-3)])
+def test_bundled_denoiser_leaves_clean_kernels_alone(bundled, size, noise_std):
+    """Idempotent on clean kernels, also when told a noise that they do not have."""
+    assert clean_change(bundled, kernels(size, range(6)), noise_std).max() < 0.01
 
 
 @pytest.mark.parametrize("axes", [(-1,), (-2,), (-2, -1)], ids=str)
