@@ -4,8 +4,8 @@ The network sees synthetic kernels under white noise, under the coloured noise o
 the errors of single solves made with wrong images; some with their negative values cut off, as the M-step loop does.
 The division by the sum that follows there needs no example: without biases the network is homogeneous. On
 request some kernels are what whole M-steps with the network itself make of them, and some are clean, whatever the level
-the network is told. A network that leaves clean kernels alone then also leaves alone what a wrong image has added to a
-kernel, and Fast EM restores less: see the model card.
+the network is told. Clean kernels without M-steps make a network that also leaves alone what a wrong image has added to
+a kernel, and Fast EM restores less: see the model card.
 """
 
 from __future__ import annotations
