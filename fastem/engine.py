@@ -275,7 +275,8 @@ class Deblurrer:
         self.mode = _choice("mode", mode, Mode)
         self.preset = _choice("preset", preset, tuple(EFFORTS))
         self.effort = EFFORTS[self.preset]
-        if self.preset == "turbo" and (self.guidance is not Guide.MEAN or self.m_step != "edges" or self.method is Method.DIFFUSION_EM):
+        usual = self.guidance is Guide.MEAN and self.m_step == "edges" and self.method is not Method.DIFFUSION_EM
+        if self.preset == "turbo" and not usual:
             raise ValueError("preset 'turbo' was measured for the default method, guidance and M-step; leave them out")
         default_steps = {Guide.MEAN: self.effort.steps, Guide.PIGDM: 100, Guide.DPS: 1000}[self.guidance]
         self.steps = _positive("steps", default_steps if steps is None else steps, 1000)
