@@ -59,7 +59,7 @@ class Effort:
     every: int = 1  # the kernel learns in steps whose index is a multiple of this
 
 
-EFFORTS = {"exact": Effort(rounds=3, search_steps=9, steps=12), "turbo": Effort(2, 7, 9, every=1)}
+EFFORTS = {"exact": Effort(rounds=3, search_steps=9, steps=12), "turbo": Effort(2, 8, 10)}
 
 
 class Method(StrEnum):
