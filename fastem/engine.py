@@ -40,7 +40,8 @@ SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between w
 INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 FAINT = 0.05  # of the peak: smaller values of a kernel found by "hqs" are dropped, a background of them is a haze
-CHI2_GOOD = 1.4  # a kernel that leaves more residual than this, in units of the noise, is searched for again
+CHI2_GOOD = 1.2  # a kernel that leaves more residual than this, in units of the noise, is searched for again
+CHI2_UNEXPLAINED = 1.4  # a doubtful image that no kernel explains better than this has no blur
 SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens edges
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
@@ -694,7 +695,7 @@ class Deblurrer:
             if bool((best <= CHI2_GOOD).all()) or observation.y[0].numel() > SEARCH_AGAIN:
                 break
         least, offset, slope = DOUBTFUL_WIDTH
-        sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_GOOD)
+        sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_UNEXPLAINED)
         return found, sharp
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
