@@ -5,14 +5,16 @@
 PATH is a checkout of FastDiffusionEM. Nothing of it is part of fastem. Its functions are found by name in its sources
 (`NAMES`) and called by the names of their parameters (`SYNONYMS`); a name that is missing is told, not guessed. Three
 parts, chosen by --parts: `unet` (forward and gradient), `mstep` (ten iterations and the shift to the centre), `run`
-(a whole Fast EM PiGDM restoration). The released program needs a GPU for the last two: it moves tensors to `cuda`.
+(a whole Fast EM PiGDM restoration). The released program needs a GPU for the last: it moves tensors to `cuda`. It needs
+scipy; what else it imports may be missing (`StandIns`).
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
+import importlib.abc
+import importlib.machinery
 import inspect
 import os
 import sys
@@ -45,7 +47,7 @@ NETWORK = {  # of ffhq_10m.pt
     "image_size": 256, "num_channels": 128, "num_res_blocks": 1, "channel_mult": "", "learn_sigma": True,
     "class_cond": False, "use_checkpoint": False, "attention_resolutions": "16", "num_heads": 4,
     "num_head_channels": 64, "num_heads_upsample": -1, "use_scale_shift_norm": True, "dropout": 0.0,
-    "resblock_updown": True, "use_fp16": False, "use_new_attention_order": False, "model_path": "",
+    "resblock_updown": True, "use_fp16": False, "use_new_attention_order": False, "model_path": "models/ffhq_10m.pt",
 }  # fmt: skip
 DIFFUSION = {
     "sampler": "fastem_pigdm", "steps": 1000, "noise_schedule": "linear", "model_mean_type": "epsilon",
@@ -53,7 +55,7 @@ DIFFUSION = {
 }  # fmt: skip
 SYNONYMS = {  # parameter names that mean the same
     "y": ("y", "measurement", "b"), "x": ("x", "x0", "x_0", "x0_hat"), "sigma": ("sigma", "noise_level", "sig"),
-    "kernel": ("k", "ker", "kernel", "z", "k_0", "k0", "init"), "ksize": ("ksize", "kernel_size"),
+    "kernel": ("k", "ker", "kernel", "z", "k_0", "k0", "init", "init_ker"), "ksize": ("ksize", "kernel_size"),
     "n_iter": ("n_iter", "niter", "num_iter", "iters", "max_iter"), "lam": ("lam", "lamb", "lambda_", "lmbda"),
     "beta": ("beta",), "reg": ("reg", "prior"), "model": ("model", "net"), "x_start": ("x_start", "x_T", "img"),
     "device": ("device",), "record": ("record",), "save_root": ("save_root",),
@@ -101,6 +103,44 @@ def check_checkout(root: Path, parts: Sequence[str]) -> dict[str, Path]:
     return {name: known[name][0] for name in wanted}
 
 
+class _Bar(list):
+    """A progress bar without a bar."""
+
+    def __init__(self, items, *args, **kwargs) -> None:
+        super().__init__(items)
+
+    def set_postfix(self, *args, **kwargs) -> None:
+        pass
+
+
+class _StandIn(types.ModuleType):
+    """A module that is not installed; its names exist, and only the bar does something."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Bar if name == "tqdm" else None
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds what the checkout imports, nobody has installed, and no timed function calls: a motion-blur generator that
+    is not part of it, plots, pictures, metrics and bars."""
+
+    NAMES = ("motionblur", "cv2", "matplotlib", "tqdm", "torchvision", "yaml", "skimage", "lpips")
+
+    def find_spec(self, name, path=None, target=None):
+        known = name.partition(".")[0] in self.NAMES
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
+
+    def create_module(self, spec):
+        return _StandIn(spec.name)
+
+    def exec_module(self, module) -> None:
+        pass
+
+
 class Reference:
     """The functions of a checkout, imported while the working directory holds the weights that it looks for."""
 
@@ -121,18 +161,16 @@ class Reference:
                 if source.is_dir() and not target.exists():
                     os.symlink(source, target)
             sys.path.insert(0, str(self.root))
-            # its blind module imports a motion-blur generator that is not part of it, and that no sampler calls
-            stubs = {name: types.ModuleType(name) for name in ("motionblur", "motionblur.motionblur")}
-            stubs["motionblur.motionblur"].Kernel = None
-            added = [name for name in stubs if name not in sys.modules]
-            sys.modules.update({name: stubs[name] for name in added})
+            sys.meta_path.append(stand_ins := StandIns())  # the last to be asked
             before = set(sys.modules)
             try:
                 yield
             finally:
                 sys.path.remove(str(self.root))
-                for name in {*added, *(set(sys.modules) - before)}:
-                    if name in added or str(self.root) in str(getattr(sys.modules[name], "__file__", "")):
+                sys.meta_path.remove(stand_ins)
+                for name in set(sys.modules) - before:
+                    module = sys.modules[name]
+                    if isinstance(module, _StandIn) or str(self.root) in str(getattr(module, "__file__", "")):
                         del sys.modules[name]
 
     def get(self, name: str) -> Callable:
@@ -201,8 +239,9 @@ def compare_mstep(reference: Reference, denoiser: FDnCNN, device, n: int, size: 
     def theirs() -> Tensor:
         with torch.no_grad():
             found = call(hqs, y=y, x=x, kernel=k, sigma=SIGMA, beta=BETA, lam=1.0, n_iter=10, ksize=KERNEL_SIZE,
-                         reg="pnp", device=device)  # fmt: skip
-            return call(shift, kernel=found, device=device)
+                         reg="pnp", denoiser=denoiser.model, device=device)  # fmt: skip
+            shifted = call(shift, kernel=found[0, 0].cpu().numpy(), sf=1)  # as its loop does
+            return torch.as_tensor(shifted).float().to(device)
 
     def ours() -> Tensor:
         with torch.no_grad():
@@ -263,7 +302,7 @@ def flags(device: torch.device) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = harness.parser(__doc__)
     parser.add_argument("path", type=Path, metavar="PATH", help="a checkout of FastDiffusionEM")
-    parser.add_argument("--parts", nargs="+", choices=list(NAMES), help="default: all on a GPU, else unet")
+    parser.add_argument("--parts", nargs="+", choices=list(NAMES), help="default: all on a GPU, else unet and mstep")
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=100)
@@ -274,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     device = runtime.resolve_device(args.device)
     cuda = device.type == "cuda"
-    parts = args.parts or (list(NAMES) if cuda else ["unet"])
+    parts = args.parts or (list(NAMES) if cuda else ["unet", "mstep"])
     try:
         check_checkout(args.path, parts)
         rows = run_parts(args, device, parts, args.dtype or ("float16" if cuda else "float32"))

@@ -177,14 +177,16 @@ def create_model(image_size, num_channels, num_res_blocks, channel_mult="", mode
 import torch
 import motionblur
 from fastem import ops
-from fastem.models import load_kernel_denoiser
-from fastem.mstep import PnP, mstep
-def HQS_ker(y, x, sigma, z, beta=1e5, lamb=1.0, ksize=33, n_iter=100):
-    assert n_iter == 10 and ksize == 33
-    denoiser = load_kernel_denoiser("model_zoo/kernel_denoiser.pth")
-    return mstep(y, x[None], z, sigma=sigma, prior=PnP(denoiser, lamb), num_iters=n_iter, compat="released")
-def kernel_shift(kernel):
-    return ops.recentre(kernel)
+from fastem.mstep import mstep
+def HQS_ker(y, x, sigma, init_ker, denoiser=None, reg="pnp", beta=1e5, lamb=1.0, n_iter=100, ksize=33):
+    assert n_iter == 10 and ksize == 33 and reg == "pnp"
+    def prior(k, beta):
+        level = torch.full_like(k, (lamb / beta) ** 0.5)
+        return denoiser(torch.cat([k, level], dim=1))
+    return mstep(y, x[None], init_ker, sigma=sigma, prior=prior, num_iters=n_iter, compat="released")
+def kernel_shift(kernel, sf):
+    assert sf == 1 and kernel.ndim == 2
+    return ops.recentre(torch.from_numpy(kernel)[None, None])[0, 0].numpy()
 """,
     "guided_diffusion/gaussian_diffusion.py": """
 import torch
