@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastem import io
 from fastem.models import NaturalPrior, load_kernel_denoiser, load_model, read_checkpoint, save_natural
 from fastem.models.kernel_denoiser import FDnCNN, KernelDenoiserConfig
 from fastem.models.natural import SIZES, NaturalConfig
@@ -454,3 +456,29 @@ def test_reference_chain_is_what_was_trained(tmp_path):
     k = torch.from_numpy(motion_kernel(17, 0))[None, None]
     weights, biases, scale = model.as_chain()
     torch.testing.assert_close(reference.denoise_chain(k, torch.tensor([0.01]), weights, biases, scale), model(k, 0.01))
+
+
+# ------------------------------------------------------------------------------------------ what ships
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The bundled prior, and the photo of examples/ as `(C, H, W)` in [-1, 1]."""
+    photo = io.read_image(Path(__file__).parents[1] / "examples" / "blurred.jpg").pixels
+    return load_model("natural").denoiser, torch.from_numpy(photo.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def test_bundled_prior_is_the_identity_where_there_is_no_noise(shipped):
+    model, photo = shipped
+    x = photo[None, :, :128, 128:256]
+    with torch.no_grad():
+        changes = [(model(x, torch.tensor([sigma])) - x).square().mean().sqrt().item() for sigma in (1e-3, 1e-4, 1e-5)]
+    assert changes[0] < 1e-3 and changes[1] < 0.2 * changes[0] and changes[2] < 0.2 * changes[1]
+
+
+def test_bundled_prior_does_as_well_on_large_images_as_on_small_ones(shipped):
+    """Where neighbours are there: within 0.05 dB, 192 pixels against tiles of 96."""
+    model, photo = shipped
+    found = size_invariance(model, [photo[:, 96:288, 128:320]])
+    assert abs(found["interior"]["difference_db"]) < 0.05
+    assert 0 <= found["plain"]["difference_db"] < 1  # at the borders of tiles neighbours are missing
