@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastem import ops
 from fastem.guidance import Guidance, Number, Variance, default_r2
-from fastem.initial import difference_spectra, drop_faint, fit_on_simplex
+from fastem.initial import FAINT, difference_spectra, drop_faint, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
 from fastem.samplers import DDPM, Eager, Execute, Noise, Rule, Sample, sample
@@ -107,8 +107,7 @@ class EdgeEM:
     ridge: float = 0.3
     num_iters: int = 30
     memory: float = 0.9  # weight of the sums of the step before
-    threshold: float = 0.05
-    every: int = 1  # the kernel learns in steps whose index is a multiple of this, the last one among them
+    threshold: float = FAINT
 
     def start(self, observation: Observation) -> EdgeState:
         k, Y = self.k_start.to(observation.y), observation.Y
@@ -116,7 +115,7 @@ class EdgeEM:
         return EdgeState(k, cross, torch.zeros_like(cross.real))
 
     def rests(self, step: Step) -> bool:
-        return step.sigma_t > self.sigma_on or step.index % self.every != 0
+        return step.sigma_t > self.sigma_on
 
     def program(self) -> Hashable:
         return EdgeEM, tuple(self.k_start.shape), self.ridge, self.num_iters, self.memory, self.threshold

@@ -39,7 +39,6 @@ SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
 INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
-FAINT = 0.05  # of the peak: smaller values of a kernel found by "hqs" are dropped, a background of them is a haze
 CHI2_GOOD = 1.2  # a kernel that leaves more residual than this, in units of the noise, is searched for again
 CHI2_UNEXPLAINED = 1.4  # a doubtful image that no kernel explains better than this has no blur
 SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
@@ -57,10 +56,9 @@ class Effort:
     rounds: int  # runs that look for the kernel
     search_steps: int  # reverse steps of each
     steps: int  # of the run that restores with it; the default of `steps`
-    every: int = 1  # the kernel learns in steps whose index is a multiple of this
 
 
-EFFORTS = {"exact": Effort(rounds=3, search_steps=9, steps=12), "turbo": Effort(2, 8, 10)}
+EFFORTS = {"exact": Effort(rounds=3, search_steps=9, steps=12), "turbo": Effort(rounds=2, search_steps=8, steps=10)}
 
 
 class Method(StrEnum):
@@ -246,7 +244,7 @@ class Deblurrer:
         device, backend: where and how it runs; see `fastem doctor`.
         precision: of the network's body, `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` is fp16 on a GPU, fp32 on a CPU.
             States, guidance and M-step are float32 always.
-        preset: `"exact"`, or `"turbo"`: fewer steps and M-steps, within 0.1 dB and 1.1 times the kernel error on test
+        preset: `"exact"`, or `"turbo"`: fewer steps and rounds, within 0.1 dB and 1.1 times the kernel error on test
             images (docs/architecture.md).
 
     Raises:
@@ -629,7 +627,7 @@ class Deblurrer:
                 drawn = self._draw(model, observation, estimator, guide, schedule, philox(0 if once else 1), record)
                 if once:
                     return drawn, canvas, trace
-                known, sharp = drop_faint(drawn.kernel, FAINT), torch.zeros(len(y), dtype=torch.bool, device=y.device)
+                known, sharp = drop_faint(drawn.kernel), torch.zeros(len(y), dtype=torch.bool, device=y.device)
                 searched = len(trace)
             else:
                 known, sharp = self._find_kernel(y, observation, ksize, seeds, record, tile)
@@ -685,7 +683,7 @@ class Deblurrer:
             k = search(light, ksize, window.canvas, window.seen)
             for run in range(1, self.effort.rounds + 1):
                 noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]), run)
-                estimator = EdgeEM(k, every=self.effort.every)
+                estimator = EdgeEM(k)
                 drawn = self._draw(model, window, estimator, PosteriorMean(INFLATION), schedule, noise_, record)
                 k = centre_by_pixels(drawn.kernel)
             chi2 = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y))

@@ -20,6 +20,7 @@ from fastem import ops
 from fastem.operators import Canvas
 
 BORDER, BORDER_MASS = 2, 0.01  # pixels; a kernel with more mass than this so near the border wants a larger support
+FAINT = 0.05  # of the peak: smaller values are what noise leaves of an empty background, and haze the image
 CUT_MASS, MARGIN = 0.005, 4  # what may lie outside the support that is kept, and pixels added around the rest
 
 
@@ -35,7 +36,7 @@ class CoarseToFine:
     coupling_max: float = 1e3  # where the splitting of image and gradients ends
     ridge: float = 0.1  # of the kernel fit, relative to the energy of the gradients
     solver_iters: int = 40  # of the kernel fit
-    threshold: float = 0.05  # kernel values below this part of the peak are dropped
+    threshold: float = FAINT  # kernel values below this part of the peak are dropped
 
     def __call__(
         self, y: Tensor, kernel_size: tuple[int, int], canvas: Canvas | None = None, seen: Tensor | None = None,
@@ -197,7 +198,7 @@ def shrink(y: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.fft.ifft2(Y).real * (shape[0] * shape[1] / (height * width))
 
 
-def drop_faint(k: Tensor, threshold: float) -> Tensor:
+def drop_faint(k: Tensor, threshold: float = FAINT) -> Tensor:
     """Kernels without their values below this part of the peak; the rest sums to 1."""
     k = torch.where(k < threshold * k.amax(dim=(-2, -1), keepdim=True), 0.0, k)
     return k / k.sum(dim=(-2, -1), keepdim=True)
