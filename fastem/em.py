@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastem import ops
-from fastem.guidance import Guidance, Number, Variance, default_r2
+from fastem.guidance import Error, Guidance, Number, default_r2
 from fastem.initial import FAINT, difference_spectra, drop_faint, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
@@ -176,7 +176,7 @@ def delta_kernel(batch: int, size: tuple[int, int]) -> Tensor:
 def diffusion_em(
     model: nn.Module, observation: Observation, guidance: Guidance, schedule: Schedule, *, prior: KernelPrior,
     kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = 10, beta: float = 1e5,
-    num_iters: int = 10, compat: str = "paper", rule: Rule = DDPM(), r2: Variance = default_r2,  # noqa: B008  (frozen)
+    num_iters: int = 10, compat: str = "paper", rule: Rule = DDPM(), r2: Error = default_r2,  # noqa: B008  (frozen)
     execute: Execute = Eager, on_round: Callable[[int, Sample, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Diffusion EM, Algorithm A.1: posterior samples with the current kernel, then one M-step on them, L times.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastem import io, noise, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em
-from fastem.guidance import DPS, Guidance, PiGDM, PosteriorMean, Variance, default_r2, noise_r2, still_r2
+from fastem.guidance import DPS, Error, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
 from fastem.initial import CoarseToFine, centre_by_pixels, drop_faint, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
@@ -616,7 +616,7 @@ class Deblurrer:
                 guide = self._guide()
                 drawn = diffusion_em(
                     model, observation, guide, schedule, prior=prior, kernel_size=ksize, noise=philox,
-                    compat=self.compat, rule=_rule(guide), r2=_r2(guide), execute=self.execute,
+                    compat=self.compat, rule=_rule(guide), r2=_r2(guide, self.model), execute=self.execute,
                 )  # fmt: skip
                 return drawn, canvas, trace
             if kernel is not None:
@@ -654,10 +654,10 @@ class Deblurrer:
             a, s = math.sqrt(first.alpha_bar), math.sqrt(1 - first.alpha_bar)
             x_start = a * (2 * observation.y[:, None] - 1) + s * noise_.start()
 
+        rule, r2 = (PlugAndPlay(), still_r2) if still else (_rule(guide), _r2(guide, self.model))
         return sample(
-            model, observation, estimator, guide, schedule, noise=noise_, rule=PlugAndPlay() if still else _rule(guide),
-            r2=still_r2 if still else _r2(guide), error=self.model.r2, x_start=x_start, execute=self.execute,
-            on_step=record,
+            model, observation, estimator, guide, schedule, noise=noise_, rule=rule, r2=r2, error=self.model.r2,
+            x_start=x_start, execute=self.execute, on_step=record,
         )  # fmt: skip
 
     def _find_kernel(
@@ -787,8 +787,8 @@ def _rule(guide: Guidance) -> Rule:
     return DDPM() if guide.jacobian else Renoise()
 
 
-def _r2(guide: Guidance) -> Variance:
-    return noise_r2 if isinstance(guide, PiGDM) else default_r2
+def _r2(guide: Guidance, model: torch.nn.Module) -> Error:
+    return model.error_spectrum if isinstance(guide, PiGDM) else default_r2
 
 
 def reblur_chi2(

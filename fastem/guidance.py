@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastem import ops
+from fastem.models import ErrorSpectrum
 from fastem.operators import Observation
 from fastem.schedules import Step
 
@@ -21,6 +22,7 @@ Number = float | Tensor  # on the host, or 0-dim on a device
 IMPUTATIONS = 3  # rounds of EM over pixels that were not measured, per step
 
 Variance = Callable[[float], float]  # sigma_t -> r^2, the mean squared error of x0_hat; both in [-1, 1] units
+Error = Callable[[float], float | ErrorSpectrum]  # the same of each frequency; a number is that of all
 
 
 def default_r2(sigma_t: float) -> float:
@@ -43,25 +45,23 @@ def still_r2(sigma_t: float) -> float:
     return 2.5 * default_r2(sigma_t)
 
 
-def noise_r2(sigma_t: float) -> float:
-    """The largest error x0_hat can have at any frequency: that of the noise.
-
-    What PiGDM needs. The network's Jacobian in its gradient is the covariance at each frequency; where that exceeds
-    r^2, at low frequencies, a step overshoots by their ratio and the run diverges.
-    """
-    return sigma_t**2
+def in_unit_range(r2: float | ErrorSpectrum) -> float | ErrorSpectrum:
+    """A variance in [-1, 1] units as one in [0, 1] units."""
+    return r2._replace(peak=r2.peak / 4) if isinstance(r2, ErrorSpectrum) else r2 / 4
 
 
 def pseudo_inverse(X: Tensor, K: Tensor, observation: Observation, sigma: Tensor, r2: Number) -> Tensor:
     """The spectrum of `v = H^T (r^2 H H^T + sigma^2)^-1 (y - H x0_hat)`, Eq. (17), like X.
 
-    X `(B, n, C, H, W')`, K `(B, 1, H, W')`, sigma `(B,)` and r2 in [0, 1] units.
+    X `(B, n, C, H, W')`, K `(B, 1, H, W')`, sigma `(B,)` and r2 in [0, 1] units, a number or `(H, W')`.
     """
-    r2_t = torch.zeros_like(sigma) + r2  # full_like would fetch a number that is on the device
+    coloured = isinstance(r2, Tensor) and r2.dim() == 2
+    r2_t = r2 if coloured else torch.zeros_like(sigma) + r2  # full_like would fetch a number that is on the device
     if observation.diagonal:
         return ops.wiener_guidance(X, observation.Y, K, sigma**2, r2_t)  # Eq. (17)
     E, n = observation.residual(X, K), X.shape[1]  # particles differ where y was not measured: each is an image here
-    rows = [v.repeat_interleave(n, dim=0) for v in (K, sigma**2, r2_t)]
+    rows = [v.repeat_interleave(n, dim=0) for v in (K, sigma**2)]
+    rows.append(r2_t if coloured else r2_t.repeat_interleave(n, dim=0))
 
     def inverse(E: Tensor) -> Tensor:
         V = ops.wiener_guidance(torch.zeros_like(E).flatten(0, 1)[:, None], E.flatten(0, 1), *rows)
@@ -82,7 +82,7 @@ class PiGDM:
 
     `compat="released"` weights it as the released program: r^2 = v / (1 + v) with v the posterior variance of the
     respaced chain, gain `sqrt(abar) r^2 sqrt(1 / (1 + v))`, and no pull in the last step. `"paper"` takes r^2 from the
-    caller (`noise_r2` is safe) and the gain of Eq. (15), `beta / sqrt(alpha)`, on the score of y given x_t.
+    caller, `EpsModel.error_spectrum`, and the gain of Eq. (15), `beta / sqrt(alpha)`, on the score of y given x_t.
     """
 
     compat: str = "paper"
@@ -91,20 +91,20 @@ class PiGDM:
     def seen(self, x0_hat: Tensor) -> Tensor:
         return x0_hat
 
-    def r2(self, step: Step, r2: Variance) -> float:
+    def r2(self, step: Step, r2: Error) -> float | ErrorSpectrum:
         """r_t^2 in [0, 1] units."""
         if self.compat == "released":
             return step.posterior_variance / (1 + step.posterior_variance)
-        return r2(step.sigma_t) / 4
+        return in_unit_range(r2(step.sigma_t))
 
-    def gain(self, step: Step, r2: Variance) -> float:
+    def gain(self, step: Step, r2: Error) -> float:
         """Weight of the pulled-back direction, a gradient with respect to x_t of `<v, x0_hat>` in [0, 1]."""
         if self.compat == "released":
             return math.sqrt(step.alpha_bar) * self.r2(step, r2) * math.sqrt(1 / (1 + step.posterior_variance)) * 0.5
         return step.beta / math.sqrt(1 - step.beta) * 0.5  # Eq. (15): beta_t / sqrt(alpha_t) times the score
 
     def direction(self, X: Tensor, K: Tensor, observation: Observation, r2: Number) -> Tensor:
-        """v like x0_hat; r2 of this step in [0, 1] units."""
+        """v like x0_hat; r2 of this step in [0, 1] units, a number or `(H, W')`."""
         V = pseudo_inverse(X, K, observation, observation.sigma, r2)
         return torch.fft.irfft2(V, s=observation.size)
 
@@ -125,11 +125,11 @@ class DPS:
         """What is compared with y, and what the M-step gets."""
         return 2 * x0_hat - 1 if self.compat == "released" else x0_hat
 
-    def r2(self, step: Step, r2: Variance) -> float:
+    def r2(self, step: Step, r2: Error) -> float:
         """DPS takes x0_hat for exact."""
         return 0.0
 
-    def gain(self, step: Step, r2: Variance) -> float:
+    def gain(self, step: Step, r2: Error) -> float:
         return math.sqrt(step.alpha_bar)  # zeta
 
     def direction(self, X: Tensor, K: Tensor, observation: Observation, r2: Number) -> Tensor:
@@ -154,12 +154,12 @@ class PosteriorMean:
     def seen(self, x0_hat: Tensor) -> Tensor:
         return x0_hat
 
-    def r2(self, step: Step, r2: Variance) -> float:
+    def r2(self, step: Step, r2: Error) -> float | ErrorSpectrum:
         """r_t^2 in [0, 1] units."""
-        return r2(step.sigma_t) / 4
+        return in_unit_range(r2(step.sigma_t))
 
     def mean(self, X: Tensor, K: Tensor, observation: Observation, r2: Number) -> Tensor:
-        """The spectrum of mu, like X; r2 of this step in [0, 1] units."""
+        """The spectrum of mu, like X; r2 of this step in [0, 1] units, a number or `(H, W')`."""
         return X + r2 * pseudo_inverse(X, K, observation, self.inflation * observation.sigma, r2)
 
 

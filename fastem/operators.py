@@ -87,6 +87,14 @@ class Observation:
         """The half spectrum of y, computed once for a whole trajectory."""
         return torch.fft.rfft2(self.y)
 
+    @cached_property
+    def log_frequency(self) -> Tensor:
+        """log of the frequency in cycles per pixel, `(H, W')`; -inf for the mean."""
+        height, width = self.size
+        rows = torch.fft.fftfreq(height, dtype=self.y.dtype, device=self.y.device)
+        columns = torch.fft.rfftfreq(width, dtype=self.y.dtype, device=self.y.device)
+        return torch.hypot(rows[:, None], columns).log()
+
     def residual(self, X: Tensor, K: Tensor) -> Tensor:
         """The spectrum of `y - H x`, `(B, n, C, H, W')`, from half spectra X alike and K `(B, 1, H, W')`.
 

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from fastem import env, ranges, runtime
 from fastem.em import HQS, EdgeEM, delta_kernel
 from fastem.engine import INFLATION, SIGMA_MAX, SIGMA_MIN
-from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2
 from fastem.models import EpsModel, UNet, UNetConfig, UNetEps, load_kernel_denoiser, load_model
 from fastem.models.frozen import Conv
 from fastem.models.unet import GroupNorm32, ResBlock, batch_times
@@ -184,7 +184,7 @@ def prepare(workload: Workload) -> Callable[[int], None]:
     seeds = torch.arange(workload.batch, dtype=torch.int64, device=device)
     noise = PhiloxNoise(seeds, workload.particles, tuple(y.shape[1:]))
     guidance = {"mean": PosteriorMean(INFLATION), "pigdm": PiGDM(), "dps": DPS()}[workload.guidance]
-    r2 = noise_r2 if workload.guidance == "pigdm" else default_r2
+    r2 = model.error_spectrum if workload.guidance == "pigdm" else default_r2
     execute = runtime.StepGraphs() if workload.graphs else Eager
 
     def run(steps: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastem import ops, ranges
-from fastem.guidance import Guidance, Number, Variance, default_r2
+from fastem.guidance import Error, Guidance, Number, Variance, default_r2
+from fastem.models import ErrorSpectrum
 from fastem.operators import Observation
 from fastem.schedules import Schedule, Step
 
@@ -152,7 +153,9 @@ class StepConstants(NamedTuple):
 
     t: Number  # what the network is told
     alpha_bar: Number
-    r2: Number  # r_t^2 of the guidance, in [0, 1] units
+    r2: Number  # r_t^2 of the guidance, in [0, 1] units, at low frequencies
+    log_cutoff: Number  # from where on it falls, and how fast: `ErrorSpectrum`
+    power: Number
     r2_kernel: Number  # mean squared error of x0_hat that the estimator is told, in [0, 1] units
     gain: Number  # weight of the pulled-back direction
     c0: Number  # weights of x0_hat, x_t and the noise in x_{t-1}
@@ -162,13 +165,20 @@ class StepConstants(NamedTuple):
 
     @classmethod
     def of(
-        cls, step: Step, guidance: Guidance, rule: Rule, r2: Variance, error: Variance | None = None
+        cls, step: Step, guidance: Guidance, rule: Rule, r2: Error, error: Variance | None = None
     ) -> StepConstants:
         """`r2` and `error` as in `sample`."""
         gain = guidance.gain(step, r2) if guidance.jacobian else 0.0
-        r2_kernel = (error or r2)(step.sigma_t) / 4
-        coefficients = rule.coefficients(step)
-        return cls(step.t, step.alpha_bar, guidance.r2(step, r2), r2_kernel, gain, *coefficients, step.index)
+        told = error(step.sigma_t) if error else r2(step.sigma_t)
+        r2_kernel = (told.peak if isinstance(told, ErrorSpectrum) else told) / 4
+        pulls = guidance.r2(step, r2)
+        peak, cutoff, power = pulls if isinstance(pulls, ErrorSpectrum) else ErrorSpectrum(pulls)
+        numbers = peak, math.log(cutoff), power, r2_kernel, gain, *rule.coefficients(step)
+        return cls(step.t, step.alpha_bar, *numbers, step.index)
+
+    def r2_map(self, observation: Observation) -> Tensor:
+        """r_t^2 of the guidance at each frequency, `(H, W')`: `ErrorSpectrum`, with `f^p = e^(p log f)`."""
+        return self.r2 * torch.sigmoid(self.power * (self.log_cutoff - observation.log_frequency))
 
 
 Draw = Callable[[], Tensor]  # of the noise of one step, (B, n, C, H, W)
@@ -179,6 +189,7 @@ class Phase(NamedTuple):
 
     learns: bool  # the estimator updates the kernel
     pulls: bool  # the direction goes back through the network
+    coloured: bool = False  # r_t^2 falls with the frequency
 
 
 @dataclass(frozen=True)
@@ -206,10 +217,11 @@ class StepBody:
             x0, g = x0_hat, None
             with ranges.stage("guidance"):
                 K = ops.psf_to_otf(state.k, observation.size)
+                r2 = c.r2_map(observation) if phase.coloured else c.r2
                 if guidance.jacobian:
-                    g = guidance.direction(X, K, observation, c.r2) * mask
+                    g = guidance.direction(X, K, observation, r2) * mask
                 else:
-                    x0 = torch.fft.irfft2(guidance.mean(X, K, observation, c.r2), s=observation.size)
+                    x0 = torch.fft.irfft2(guidance.mean(X, K, observation, r2), s=observation.size)
             if g is not None:
                 with ranges.stage("unet_vjp") if phase.pulls else nullcontext():
                     g = pull(g)
@@ -261,7 +273,7 @@ Execute = Callable[[StepBody, Observation, object, Tensor, Sequence[StepConstant
 
 def sample(
     model: nn.Module, observation: Observation, estimator: KernelEstimator, guidance: Guidance, schedule: Schedule,
-    *, noise: Noise | None, rule: Rule = DDPM(), r2: Variance = default_r2, error: Variance | None = None,
+    *, noise: Noise | None, rule: Rule = DDPM(), r2: Error = default_r2, error: Variance | None = None,
     x_start: Tensor | None = None, vjp_down_to: float = 0.0, execute: Execute = Eager,
     on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
@@ -275,9 +287,10 @@ def sample(
         schedule: the steps, from `Schedule`.
         noise: x_T and the noise of each step, `(B, n, C, H, W)`; None where neither is drawn.
         rule: `DDPM`, `DDIM`, `Renoise` or `PlugAndPlay`.
-        r2: r_t^2 of the guidance as a function of the noise level, in [-1, 1] units.
+        r2: r_t^2 of the guidance as a function of the noise level, in [-1, 1] units: a number, or `ErrorSpectrum`, such
+            as `fastem.models.EpsModel.error_spectrum`, that measured for the weights.
         error: mean squared error of x0_hat that the estimator is told (Appendix D), likewise;
-            `fastem.models.EpsModel.r2` is that measured for the weights. None: r2.
+            `fastem.models.EpsModel.r2` is that measured for the weights. None: r2 (the peak of a spectrum).
         x_start: particles at the first step in network range, instead of `noise.start()`.
         vjp_down_to: at lower noise levels (sigma_t) the Jacobian of x0_hat counts as sqrt(alpha_bar), its limit at no
             noise, and the backward pass is saved.
@@ -293,7 +306,7 @@ def sample(
     for row, step in ranges.each(ranges.STEP, enumerate(steps)):
         c = table[row]
         pulls = guidance.jacobian and c.gain != 0 and step.sigma_t >= vjp_down_to
-        phase = Phase(learns=not estimator.rests(step), pulls=pulls)
+        phase = Phase(not estimator.rests(step), pulls, coloured=c.log_cutoff < math.inf)
         draw = None
         if c.std:
             draw = noise.draw(step.index) if isinstance(noise, PhiloxNoise) else partial(noise.step, step.index)

@@ -14,7 +14,7 @@ BLOCK = 1024  # complex elements per program
 def _wiener_guidance_kernel(
     X_ptr, Y_ptr, K_ptr, V_ptr, sigma2_ptr, r2_ptr,  # X, V (B, n, C, F); Y (B, C, F); K (B, 1, F)
     n_particles, n_chan, n_freq, Y_stride_b, K_stride_b, scalar_stride_b,  # strides in elements; 0 broadcasts
-    BLOCK: tl.constexpr,
+    COLOURED: tl.constexpr, BLOCK: tl.constexpr,  # r2 (F) instead of (B)
 ):  # fmt: skip
     """V = conj(K) (Y - K X) / (r^2 |K|^2 + sigma^2), Eq. (17)."""
     row = tl.program_id(0).to(tl.int64)  # row = (b * n + i) * C + c; 64-bit: offsets overflow 32
@@ -27,7 +27,11 @@ def _wiener_guidance_kernel(
     k_re, k_im = tl.load(K_ptr + k, keep, 0.0), tl.load(K_ptr + k + 1, keep, 0.0)
     e_re = y_re - (k_re * x_re - k_im * x_im)  # E = Y - K X
     e_im = y_im - (k_re * x_im + k_im * x_re)
-    sigma2, r2 = tl.load(sigma2_ptr + b * scalar_stride_b), tl.load(r2_ptr + b * scalar_stride_b)
+    sigma2 = tl.load(sigma2_ptr + b * scalar_stride_b)
+    if COLOURED:
+        r2 = tl.load(r2_ptr + f, keep, 0.0)
+    else:
+        r2 = tl.load(r2_ptr + b * scalar_stride_b)
     gain = 1.0 / (r2 * (k_re * k_re + k_im * k_im) + sigma2)
     tl.store(V_ptr + x, gain * (k_re * e_re + k_im * e_im), keep)  # V = conj(K) E gain
     tl.store(V_ptr + x + 1, gain * (k_re * e_im - k_im * e_re), keep)
@@ -36,13 +40,15 @@ def _wiener_guidance_kernel(
 def wiener_guidance(X: Tensor, Y: Tensor, K: Tensor, sigma2: Tensor, r2: Tensor) -> Tensor:
     """F{ H^T (r^2 H H^T + sigma^2 I)^-1 (y - H x) }, Eq. (17) for a circular convolution H.
 
-    X `(B, n, C, H, W')`, Y `(B, C, H, W')`, K `(B, 1, H, W')` complex64, sigma2 and r2 `(B,)` float32 -> like X.
-    Y, K and the scalars may have one image for all B.
+    X `(B, n, C, H, W')`, Y `(B, C, H, W')`, K `(B, 1, H, W')` complex64, sigma2 `(B,)`, r2 `(B,)` or `(H, W')` float32
+    -> like X. Y, K and the scalars may have one image for all B.
     """
     batch, n, chan = X.shape[:3]
     n_freq = X.shape[3] * X.shape[4]
     X, Y, K = X.contiguous(), Y.contiguous(), K.contiguous()
-    sigma2, r2 = torch.broadcast_tensors(sigma2.contiguous(), r2.contiguous())
+    coloured = r2.dim() == 2
+    if not coloured:
+        sigma2, r2 = torch.broadcast_tensors(sigma2, r2)
     sigma2, r2 = sigma2.contiguous(), r2.contiguous()
     V = torch.empty_like(X)
     with torch.cuda.device_of(X):
@@ -52,7 +58,7 @@ def wiener_guidance(X: Tensor, Y: Tensor, K: Tensor, sigma2: Tensor, r2: Tensor)
             chan * n_freq if Y.shape[0] > 1 else 0,
             n_freq if K.shape[0] > 1 else 0,
             1 if sigma2.shape[0] > 1 else 0,
-            BLOCK=BLOCK,
+            COLOURED=coloured, BLOCK=BLOCK,
         )  # fmt: skip
     return V
 

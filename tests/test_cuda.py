@@ -86,6 +86,7 @@ def test_spectral_ops(size, batch, n):
     K = half_spectrum(batch, 1, *size, seed=2) / (size[0] * size[1])
     sigma2, r2 = random(batch, low=1e-3, high=1e-2), random(batch, low=0.1, high=0.6)
     assert_matches_spec("wiener_guidance", X, Y, K, sigma2, r2)
+    assert_matches_spec("wiener_guidance", X, Y, K, sigma2, random(*K.shape[2:], low=0.1, high=0.6))
     for per_channel in (False, True):
         assert_matches_spec("spectral_sums", X, Y, per_channel)
 

@@ -115,9 +115,10 @@ def test_wiener_guidance(cuda, size):
     X, Y, K = half_spectrum(2, 3, 3, *size), half_spectrum(2, 3, *size, seed=1), half_spectrum(2, 1, *size, seed=2)
     K /= size[0] * size[1]
     sigma2, r2 = random(2, low=1e-3, high=1e-2), random(2, low=0.1, high=0.6)
-    V = result(*X.shape, dtype=X.dtype)
-    call(cuda.wiener_guidance, X, Y, K, sigma2, r2, V, 2, 3, 3, K[0].numel())
-    assert_close(V, reference.wiener_guidance(*wide(X, Y, K, sigma2, r2)))
+    for r2_ in (r2, random(*K.shape[-2:], low=0.1, high=0.6)):
+        V = result(*X.shape, dtype=X.dtype)
+        call(cuda.wiener_guidance, X, Y, K, sigma2, r2_, V, 2, 3, 3, K[0].numel(), int(r2_.dim() == 2))
+        assert_close(V, reference.wiener_guidance(*wide(X, Y, K, sigma2, r2_)))
 
 
 @FLAT

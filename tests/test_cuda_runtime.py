@@ -18,9 +18,9 @@ if not torch.cuda.is_available():
 
 from fastem.em import HQS, EdgeEM, KernelState, Known  # noqa: E402
 from fastem.engine import Deblurrer  # noqa: E402
-from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2  # noqa: E402
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2  # noqa: E402
 from fastem.metrics import psnr  # noqa: E402
-from fastem.models import UNet, UNetConfig, UNetEps, load_kernel_denoiser, load_model  # noqa: E402
+from fastem.models import ErrorSpectrum, UNet, UNetConfig, UNetEps, load_kernel_denoiser, load_model  # noqa: E402
 from fastem.mstep import PnP  # noqa: E402
 from fastem.operators import Canvas, Observation  # noqa: E402
 from fastem.runtime import StepGraphs, Transfers  # noqa: E402
@@ -55,12 +55,17 @@ def estimator_of(name: str):
     return {"edges": EdgeEM(k, sigma_on=0.4), "hqs": HQS(PnP(denoiser), KSIZE), "known": Known(k)}[name]
 
 
+def spectrum(sigma_t):
+    """An error as networks make it: the noise at low frequencies, less at high ones."""
+    return ErrorSpectrum(sigma_t**2, 0.1, 2.0)
+
+
 def draw(execute, model, guidance, estimator, seed=0, steps=6, on_step=None):
     y = torch.rand(B, 3, *SIZE, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     observation = Observation.of(y, torch.tensor([0.02, 0.05]), Canvas(*SIZE, (48, 45)))
     schedule, rule, r2 = Schedule.karras(steps, 1.0), Renoise(), default_r2
     if guidance.jacobian:
-        schedule, rule, r2 = Schedule.linear().respace(steps), DDPM(), noise_r2
+        schedule, rule, r2 = Schedule.linear().respace(steps), DDPM(), spectrum
     noise = PhiloxNoise(torch.tensor([seed, 7], device=DEVICE), N, (3, *SIZE))
     return sample(model, observation, estimator, guidance, schedule, noise=noise, rule=rule, r2=r2, execute=execute,
                   on_step=on_step)  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastem.models import DenoiserEps, EpsModel, GaussianEps, NaturalConfig, NaturalPrior, TiledEps, UNetEps, alpha_bar
+from fastem.models import (
+    DenoiserEps,
+    EpsModel,
+    ErrorSpectrum,
+    GaussianEps,
+    NaturalConfig,
+    NaturalPrior,
+    TiledEps,
+    UNetEps,
+    alpha_bar,
+)
 from fastem.models.eps import mirror_pad
 from fastem.models.unet import UNet, UNetConfig
 from fastem.schedules import Schedule, time_of_sigma
@@ -52,9 +63,22 @@ def test_r2_default_and_table():
     assert model.r2(0.1) == pytest.approx(1e-3) and model.r2(1.0) == pytest.approx(1e-1)
     assert model.r2(10**-0.5) == pytest.approx(1e-2)  # straight in log-log
     assert model.r2(0.01) == pytest.approx(1e-5) and model.r2(50.0) == pytest.approx(1e-1)
-    for bad in ([], [[0.1]], [[0.2, 1.0], [0.1, 1.0]], [[0.1, -1.0]], [[0.1, math.nan]]):
+    assert model.error_spectrum(0.5) == EpsModel(3).error_spectrum(0.5) == ErrorSpectrum(0.25)  # the noise
+    unequal = [[0.1, 0.2, 0.3]], [[0.1, 0.2, 0.3, 0.0]]
+    for bad in ([], [[0.1]], *unequal, [[0.2, 1.0], [0.1, 1.0]], [[0.1, -1.0]], [[0.1, math.nan]]):
         with pytest.raises(ValueError, match="sigma ascending"):
             EpsModel(3, r2=bad)
+
+
+def test_error_spectrum_of_the_table():
+    model = EpsModel(3, r2=[[0.1, 1e-3, 0.1, 1.5], [1.0, 1e-1, 0.001, 2.5]])
+    assert model.r2(0.1) == pytest.approx(1e-3)
+    assert model.error_spectrum(10**-0.5) == pytest.approx((0.1, 0.01, 2.0))
+    assert model.error_spectrum(0.01) == pytest.approx((1e-4, 0.1, 1.5))
+    assert model.error_spectrum(5.0) == pytest.approx((25, 0.001, 2.5))
+    spectrum = ErrorSpectrum(4.0, 0.1, 2.0)
+    assert spectrum.at(np.array([0, 0.1, 0.3])) == pytest.approx([4, 2, 0.4])
+    assert ErrorSpectrum(4.0).at(np.array([0, 0.5])) == pytest.approx(4)
 
 
 # --- U-Net ----------------------------------------------------------------------------------------------------
@@ -231,6 +255,7 @@ def test_tiled_passes_on_what_the_model_knows():
     model.sha256 = "abc"
     tiled = TiledEps(model)
     assert (tiled.channels, tiled.image_size, tiled.sha256, tiled.r2(0.1)) == (3, None, "abc", model.r2(0.1))
+    assert tiled.error_spectrum(0.1) == model.error_spectrum(0.1)
     with pytest.raises(ValueError, match="overlap < tile"):
         TiledEps(model, tile=64, overlap=64)
 

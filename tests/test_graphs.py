@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastem.em import HQS, EdgeEM, Known
-from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2
-from fastem.models import NaturalConfig, NaturalPrior, TiledEps, UNet, UNetConfig, UNetEps
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2
+from fastem.models import ErrorSpectrum, NaturalConfig, NaturalPrior, TiledEps, UNet, UNetConfig, UNetEps
 from fastem.models.eps import DenoiserEps
 from fastem.models.kernel_denoiser import KernelDenoiser
 from fastem.mstep import L2, PnP
@@ -68,9 +68,14 @@ def observation(seed=0, canvas=None, dtype=torch.float32):
     return Observation.of(y, torch.tensor([0.02, 0.05]), canvas)
 
 
+def spectrum(sigma_t):
+    """An error as networks make it: the noise at low frequencies, less at high ones."""
+    return ErrorSpectrum(sigma_t**2, 0.1, 2.0)
+
+
 def schedule_of(guidance, steps=4):
     if guidance.jacobian:
-        return Schedule.linear().respace(steps), DDPM(), noise_r2
+        return Schedule.linear().respace(steps), DDPM(), spectrum
     return Schedule.karras(steps, 1.0), Renoise(), default_r2
 
 

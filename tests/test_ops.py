@@ -143,8 +143,24 @@ def test_channels_may_be_kept_apart(backend):
     assert_matches_spec("spectral_sums", X, Y, True)
 
 
+def test_variance_of_each_frequency(backend):
+    X, Y, K, sigma2, r2 = arguments("wiener_guidance", 9, 8)
+    spectrum = uniform(9, 5, seed=4, low=0.01, high=0.5)
+    assert_matches_spec("wiener_guidance", X, Y, K, sigma2, spectrum)
+    expected = torch.cat([  # as one frequency after the other
+        ops.wiener_guidance(*(z.flatten(-2)[..., None, f : f + 1] for z in (X, Y, K)), sigma2, r.view(1))
+        for f, r in enumerate(spectrum.flatten())
+    ], dim=-1)  # fmt: skip
+    actual = ops.wiener_guidance(X, Y, K, sigma2, spectrum)
+    assert torch.allclose(actual.flatten(-2), expected[..., 0, :], rtol=1e-6, atol=0)
+
+
 def test_one_kernel_and_one_noise_level_may_serve_all_images(backend):
     X, Y, K, sigma2, r2 = arguments("wiener_guidance", 9, 8)
+    spectrum = torch.linspace(0.1, 0.5, 45).view(9, 5)
+    shared = ops.wiener_guidance(X, Y, K[:1], sigma2[:1], spectrum)
+    K_, sigma2_ = (t[:1].expand_as(t).contiguous() for t in (K, sigma2))
+    assert torch.equal(shared, ops.wiener_guidance(X, Y, K_, sigma2_, spectrum))
     shared = ops.wiener_guidance(X, Y, K[:1], sigma2[:1], r2[:1])
     repeated = ops.wiener_guidance(X, Y, *(t[:1].expand_as(t).contiguous() for t in (K, sigma2, r2)))
     assert torch.equal(shared, repeated)
@@ -504,6 +520,7 @@ ONE, TWO, K5, G5 = torch.ones(1), torch.ones(2), kernels(2, 5, 5), autocorrelati
         (lambda: ops.spectral_sums(X, Y.to(torch.complex128)), "one precision"),
         (lambda: ops.wiener_guidance(X, Y, K[..., 1:], TWO, TWO), "K must be"),
         (lambda: ops.wiener_guidance(X, Y, K, TWO[:, None], TWO), "sigma2 must be"),
+        (lambda: ops.wiener_guidance(X, Y, K, TWO, TWO[:, None]), "r2 must be"),
         (lambda: ops.psf_to_otf(K5, (4, 9)), "must not be smaller"),
         (lambda: ops.psf_to_otf(K5[0], (9, 9)), "k must be kernels"),
         (lambda: ops.convolve_support(G5[..., 1:], K5), "g must be"),

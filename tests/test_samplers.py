@@ -11,8 +11,8 @@ from torch import nn
 from fastem import guidance as guidance_module
 from fastem import ops
 from fastem.em import Known
-from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, noise_r2, pseudo_inverse, still_r2
-from fastem.models import GaussianEps
+from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, pseudo_inverse, still_r2
+from fastem.models import EpsModel, ErrorSpectrum, GaussianEps
 from fastem.operators import Canvas, Observation, blur
 from fastem.samplers import DDIM, DDPM, PhiloxNoise, PlugAndPlay, Renoise, evaluate, sample
 from fastem.schedules import Schedule
@@ -285,8 +285,8 @@ def test_pigdm_samples_the_posterior():
 class Silent:
     """No noise at all: for a linear model the particle is the mean of all particles."""
 
-    def __init__(self, dtype=torch.float64):
-        self.zeros = torch.zeros(1, 1, 1, *SIZE, dtype=dtype)
+    def __init__(self, dtype=torch.float64, size=SIZE):
+        self.zeros = torch.zeros(1, 1, 1, *size, dtype=dtype)
 
     def start(self):
         return self.zeros
@@ -300,7 +300,46 @@ def test_variances_of_white_priors():
     for sigma_t in (1e-3, 0.1, 1.0, 50.0):
         assert default_r2(sigma_t) == pytest.approx(model.r2(sigma_t), rel=1e-12)
         flat = GaussianEps(torch.zeros(1, 4, 4), 1e9)  # a prior that knows nothing
-        assert noise_r2(sigma_t) == pytest.approx(flat.r2(sigma_t), rel=1e-5)
+        assert EpsModel(1).error_spectrum(sigma_t).peak == pytest.approx(flat.r2(sigma_t), rel=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [PosteriorMean(), PiGDM()], ids=["mean", "pigdm"])
+def test_coloured_prior_needs_the_error_of_each_frequency(guidance):
+    """The posterior mean of images whose power falls with the frequency: right with the spectrum, not with a number."""
+    law, size = ErrorSpectrum(1.0, 0.1, 2.0), (16, 12)
+    k, noise = kernels(1, 3, 3, seed=4), Silent(size=size)
+    zero = Observation.of(torch.zeros(1, 1, *size, dtype=torch.float64), 0.02)
+    power = torch.from_numpy(law.at(zero.log_frequency.exp().numpy()))[None] * 0.05
+    model = GaussianEps(torch.zeros(1, *size, dtype=torch.float64), power)
+    x = (model.sample(1, torch.Generator().manual_seed(0)) + 1) / 2
+    y = blur(x, k) + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    observation, K = Observation.of(y, 0.02), ops.psf_to_otf(k, size)
+    S = power / 4
+    mean = torch.fft.irfft2(S * K.conj() / (S * K.abs() ** 2 + 0.02**2) * torch.fft.rfft2(y - 0.5), s=size) + 0.5
+
+    def error(r2):
+        drawn = sample(model, observation, Known(k), guidance, Schedule.linear().respace(200), noise=noise,
+                       rule=DDIM() if not guidance.jacobian else DDPM(), r2=r2)  # fmt: skip
+        return float(((drawn.x[:, 0] + 1) / 2 - mean).norm() / (mean - 0.5).norm())
+
+    def exact(sigma_t):  # S sigma^2 / (S + sigma^2), of the same form
+        gain = 0.05 / (0.05 + sigma_t**2)
+        return ErrorSpectrum(gain * sigma_t**2, 0.1 * (1 / (1 - gain)) ** 0.5, 2.0)
+
+    assert error(exact) < 0.1
+    assert error(model.r2) > 2 * error(exact)
+
+
+def test_spectrum_of_a_white_error_is_a_number():
+    observation = Observation.of(uniform(1, 3, 16, 16), 0.05)
+    model, k = GaussianEps(torch.zeros(3, 16, 16), 0.25), kernels(1, 3, 3).float()
+    observation = Observation.of(observation.y.float(), 0.05)
+    schedule, noise = Schedule.linear().respace(8), PhiloxNoise(torch.tensor([0]), 2, (3, 16, 16))
+    runs = [
+        sample(model, observation, Known(k), PiGDM(), schedule, noise=noise, r2=r2).x
+        for r2 in (lambda s: s**2, lambda s: ErrorSpectrum(s**2), lambda s: ErrorSpectrum(s**2, 1e9))
+    ]
+    assert torch.equal(runs[0], runs[1]) and torch.allclose(runs[0], runs[2], atol=1e-4)
 
 
 @pytest.mark.parametrize("rule", [DDPM(), DDIM(0.0), Renoise(0.5)], ids=["ddpm", "ddim", "renoise"])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastem import io
-from fastem.models import NaturalPrior, load_kernel_denoiser, load_model, read_checkpoint, save_natural
+from fastem.models import ErrorSpectrum, NaturalPrior, load_kernel_denoiser, load_model, read_checkpoint, save_natural
 from fastem.models.kernel_denoiser import FDnCNN, KernelDenoiserConfig
 from fastem.models.natural import SIZES, NaturalConfig
 from fastem.ops import reference
@@ -28,7 +28,14 @@ from fastem.training.kernel_denoiser import (
     perturb,
     sample_noise_std,
 )
-from fastem.training.validation import denoising_psnr, measure_r2, size_invariance, validate
+from fastem.training.validation import (
+    denoising_psnr,
+    fit_spectrum,
+    measure_r2,
+    radial_spectrum,
+    size_invariance,
+    validate,
+)
 
 QUICK = TrainConfig(minutes=5, cooldown=0, batch_size=4, patch=16, warmup=2, ema_halflife=3, max_steps=4)
 TINY_PRIOR = NaturalConfig(widths=(8, 8), num_blocks=1, embedding=8)
@@ -294,6 +301,20 @@ def test_image_training_writes_a_prior_with_its_error_table(tmp_path, photos):
     x, sigma = torch.rand(1, 3, 16, 16) * 2 - 1, torch.tensor([0.5])
     torch.testing.assert_close(loaded.denoiser(x, sigma), model(x, sigma), atol=2e-3, rtol=2e-3)  # stored in 16 bits
     assert 0 < loaded.r2(0.01) < 0.01**2 * 1.1 and loaded.r2(100.0) > loaded.r2(0.1)
+    assert loaded.error_spectrum(1.0).cutoff < loaded.error_spectrum(0.01).cutoff  # noise hides the fine first
+
+
+def test_measured_spectrum_is_that_of_the_error():
+    """Errors drawn with a known spectrum; white noise has none."""
+    law, white = ErrorSpectrum(0.04, 0.1, 2.0), torch.randn(16, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    frequency = torch.hypot(torch.fft.fftfreq(64)[:, None], torch.fft.rfftfreq(48))
+    gain = torch.from_numpy(law.at(frequency.numpy())).sqrt()
+    error = torch.fft.irfft2(torch.fft.rfft2(white) * gain, s=(64, 48))
+    fitted = fit_spectrum(*radial_spectrum(error), 0.04)
+    assert fitted == pytest.approx(law, rel=0.15)
+    frequencies, variances = radial_spectrum(0.2 * white)
+    assert variances == pytest.approx(0.04, rel=0.2) and (np.diff(frequencies) > 0).all() and frequencies[-1] < 0.71
+    assert fit_spectrum(frequencies, variances, 0.04).at(0.3) > 0.03
 
 
 def test_image_training_counts_what_it_computes(tmp_path, photos, monkeypatch):
@@ -399,7 +420,7 @@ def white(*shape):
 
 def test_r2_of_a_known_denoiser():
     """Shrinkage of white images of variance v leaves sigma^2 v / (sigma^2 + v)."""
-    for sigma, mse in measure_r2(shrink, white(50, 3, 24, 24)):
+    for sigma, mse, *_ in measure_r2(shrink, white(50, 3, 24, 24)):
         assert mse == pytest.approx(sigma**2 * 0.3 / (sigma**2 + 0.3), rel=0.03)
 
 

@@ -90,6 +90,15 @@ def test_wiener_guidance_broadcasts_the_kernel_over_images():
 
 
 @SIZES
+def test_wiener_guidance_with_a_variance_of_each_frequency(size):
+    X, Y = half_spectrum(2, 3, 3, *size, seed=0), half_spectrum(2, 3, *size, seed=1)
+    K = half_spectrum(2, 1, *size, seed=2) / (size[0] * size[1])
+    for sigma2 in (torch.tensor([1e-3]), torch.tensor([1e-3, 2e-3])):
+        args = (X, Y, K, sigma2, uniform(*K.shape[2:], seed=4, low=0.1, high=0.6))
+        assert_close(run(kt.wiener_guidance, *args), truth(reference.wiener_guidance, *args))
+
+
+@SIZES
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_spectral_sums_match_spec(size, per_channel):
     X, Y = half_spectrum(2, 4, 3, *size, seed=0), half_spectrum(2, 3, *size, seed=1)
@@ -243,7 +252,8 @@ def cubin(kernel, types, **constants):
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 p, i, f = "*fp32", "i32", "fp32"
-cubin(spectral._wiener_guidance_kernel, [p] * 6 + [i] * 6, BLOCK=1024)
+for coloured in (False, True):
+    cubin(spectral._wiener_guidance_kernel, [p] * 6 + [i] * 6, COLOURED=coloured, BLOCK=1024)
 cubin(spectral._spectral_sums_kernel, [p] * 4 + [i] * 3, PER_CHANNEL=False, BLOCK=1024)
 given = dict(ON_DEVICE=False, BLOCK=1024)
 read = dict(ON_DEVICE=True, BLOCK=1024)

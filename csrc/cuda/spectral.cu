@@ -16,7 +16,7 @@ __global__ void wiener_guidance_kernel(const float2* __restrict__ X, const float
     const int64_t image = row / (p.n_particle * p.n_chan), y_row = image * p.n_chan + row % p.n_chan;
     const float2 x = X[row * p.n_freq + f], y = Y[y_row * p.n_freq + f], k = K[image * p.n_freq + f];
     float2 v;
-    wiener_element(x.x, x.y, y.x, y.y, k.x, k.y, sigma2[image], r2[image], &v.x, &v.y);
+    wiener_element(x.x, x.y, y.x, y.y, k.x, k.y, sigma2[image], r2[p.coloured ? f : image], &v.x, &v.y);
     V[row * p.n_freq + f] = v;
   }
 }

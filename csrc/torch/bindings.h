@@ -76,13 +76,15 @@ inline std::tuple<Tensor, Tensor> spectral_sums_outputs(const Tensor& X, bool pe
 
 inline SpectralParams wiener_params(const Tensor& X, const Tensor& Y, const Tensor& K, const Tensor& sigma2,
                                     const Tensor& r2) {
-  const SpectralParams p = spectral_params(X, Y);
+  SpectralParams p = spectral_params(X, Y);
   TORCH_CHECK_VALUE(
       K.dim() == 4 && K.size(0) == X.size(0) && K.size(1) == 1 && K.sizes().slice(2) == X.sizes().slice(3),
       "K must be (B, 1, H, W') like X ", X.sizes(), ", got ", K.sizes());
-  for (const Tensor& scalar : {sigma2, r2})
-    TORCH_CHECK_VALUE(scalar.dim() == 1 && scalar.size(0) == X.size(0), "sigma2 and r2 must be (B,) = (", X.size(0),
-                      ",), got ", scalar.sizes());
+  p.coloured = r2.dim() == 2;
+  const auto serves = [&](const Tensor& scalar) { return scalar.dim() == 1 && scalar.size(0) == X.size(0); };
+  TORCH_CHECK_VALUE(serves(sigma2), "sigma2 must be (B,) = (", X.size(0), ",), got ", sigma2.sizes());
+  TORCH_CHECK_VALUE(p.coloured ? r2.sizes() == X.sizes().slice(3) : serves(r2), "r2 must be (B,) = (", X.size(0),
+                    ",) or (H, W') like X ", X.sizes(), ", got ", r2.sizes());
   check_device(K, X, "K");
   check_device(sigma2, X, "sigma2");
   check_device(r2, X, "r2");

@@ -34,7 +34,8 @@ std::tuple<Tensor, Tensor> spectral_sums(const Tensor& X_, const Tensor& Y_, boo
 Tensor wiener_guidance(const Tensor& X_, const Tensor& Y_, const Tensor& K_, const Tensor& sigma2_, const Tensor& r2_) {
   const OnDevice on(X_);
   const Tensor X = dense(X_), Y = dense_images(Y_, X.size(0)), K = dense_images(K_, X.size(0));
-  const Tensor sigma2 = dense_images(sigma2_, X.size(0)), r2 = dense_images(r2_, X.size(0));
+  const Tensor sigma2 = dense_images(sigma2_, X.size(0));
+  const Tensor r2 = r2_.dim() == 2 ? dense(r2_) : dense_images(r2_, X.size(0));
   const SpectralParams p = wiener_params(X, Y, K, sigma2, r2);
   Tensor V = at::empty_like(X);
   C10_CUDA_CHECK(wiener_guidance_cuda(complex_in(X), complex_in(Y), complex_in(K), in(sigma2), in(r2), complex_out(V), p,

@@ -12,7 +12,7 @@ from fastem.models.checkpoints import (
     save_safetensors,
     unet_from_state_dict,
 )
-from fastem.models.eps import DenoiserEps, EpsModel, TiledEps, UNetEps, alpha_bar
+from fastem.models.eps import DenoiserEps, EpsModel, ErrorSpectrum, TiledEps, UNetEps, alpha_bar
 from fastem.models.natural import NaturalConfig, NaturalPrior
 from fastem.models.unet import UNet, UNetConfig
 
@@ -22,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "DenoiserEps",
     "EpsModel",
+    "ErrorSpectrum",
     "GaussianEps",
     "NaturalConfig",
     "NaturalPrior",

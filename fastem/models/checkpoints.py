@@ -251,7 +251,8 @@ def save_natural(
     """Writes the natural-image prior for `load_model`.
 
     Args:
-        r2: measured `[sigma, mean squared error]` in [-1, 1] units, sigma ascending; see `EpsModel.r2`.
+        r2: measured `[sigma, mean squared error, cutoff, power]` in [-1, 1] units, sigma ascending; see `EpsModel.r2`
+            and `ErrorSpectrum`.
         card: the model card: data, licence, recipe, measured quality.
         dtype: of the stored weights; loading makes float32 of them.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,22 @@ def alpha_bar(t: Tensor | float) -> Tensor:
     return log_snr(t).sigmoid()
 
 
+class ErrorSpectrum(NamedTuple):
+    """Variance of the error of x0_hat by frequency, `peak / (1 + (f / cutoff)^power)`, f in cycles per pixel.
+
+    The noise of x_t is left as it is where images are strong, at low frequencies, and removed where they are weak:
+    `peak` is its variance. An infinite cutoff is white.
+    """
+
+    peak: float
+    cutoff: float = math.inf
+    power: float = 1.0
+
+    def at(self, frequency: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # 1 / inf is what is meant
+            return self.peak / (1 + (frequency / self.cutoff) ** self.power)
+
+
 class EpsModel(nn.Module):
     """What the samplers hold; see the module's docstring for x_t, t and eps.
 
@@ -57,9 +74,12 @@ class EpsModel(nn.Module):
         self.r2_table = None if r2 is None else np.asarray(r2, dtype=np.float64)
         if self.r2_table is not None:
             table = self.r2_table
-            good = table.ndim == 2 and table.shape[1] == 2 and len(table) > 0 and np.isfinite(table).all()
+            good = table.ndim == 2 and table.shape[1] in (2, 4) and len(table) > 0 and np.isfinite(table).all()
             if not (good and (table > 0).all() and (np.diff(table[:, 0]) > 0).all()):
-                raise ValueError("r2 must be a list of [sigma, mean squared error], positive, sigma ascending")
+                raise ValueError(
+                    "r2 must be a list of [sigma, mean squared error] or [sigma, mean squared error, cutoff, power], "
+                    "positive, sigma ascending"
+                )
 
     def r2(self, sigma_t: float) -> float:
         """Mean squared error of x0_hat per pixel, [-1, 1] units, at `sigma_t = sqrt((1 - alpha_bar) / alpha_bar)`.
@@ -69,10 +89,26 @@ class EpsModel(nn.Module):
         """
         if self.r2_table is None:
             return sigma_t**2 / (1 + (sigma_t / 0.5) ** 2)
-        sigma, mse = self.r2_table.T
+        sigma, mse = self.r2_table.T[:2]
         if sigma_t < sigma[0]:
             return float(mse[0] * (sigma_t / sigma[0]) ** 2)
         return float(np.exp(np.interp(math.log(sigma_t), np.log(sigma), np.log(mse))))
+
+    def error_spectrum(self, sigma_t: float) -> ErrorSpectrum:
+        """The same error by frequency: what PiGDM takes for r_t^2.
+
+        The network's Jacobian in its gradient is the covariance at each frequency. Where that exceeds r_t^2, as it does
+        the mean over all frequencies at the low ones, a step overshoots by their ratio and the run diverges.
+
+        Interpolated in the table (cutoff log-log), its ends beyond. Without one, the largest error there can be: that
+        of the noise, at every frequency.
+        """
+        if self.r2_table is None or self.r2_table.shape[1] < 4:
+            return ErrorSpectrum(sigma_t**2)
+        sigma, _, cutoff, power = self.r2_table.T
+        at, levels = math.log(sigma_t), np.log(sigma)
+        cutoff, power = math.exp(np.interp(at, levels, np.log(cutoff))), float(np.interp(at, levels, power))
+        return ErrorSpectrum(sigma_t**2, cutoff, power)
 
     def prepare(self, times: Sequence[float]) -> None:
         """Told before a run on which time steps the network will be asked, with frozen weights."""
@@ -197,6 +233,9 @@ class TiledEps(EpsModel):
 
     def r2(self, sigma_t: float) -> float:
         return self.model.r2(sigma_t)
+
+    def error_spectrum(self, sigma_t: float) -> ErrorSpectrum:
+        return self.model.error_spectrum(sigma_t)
 
     def prepare(self, times: Sequence[float]) -> None:
         self.model.prepare(times)

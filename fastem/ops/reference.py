@@ -38,10 +38,12 @@ def spectral_sums(X: Tensor, Y: Tensor, per_channel: bool = False) -> tuple[Tens
 def wiener_guidance(X: Tensor, Y: Tensor, K: Tensor, sigma2: Tensor, r2: Tensor) -> Tensor:
     """F{ H^T (r^2 H H^T + sigma^2 I)^-1 (y - H x) }, Eq. (17) for a circular convolution H.
 
-    X `(B, n, C, H, W')`, Y `(B, C, H, W')`, K `(B, 1, H, W')`, sigma2 and r2 real `(B,)`, sigma2 > 0 -> like X.
+    X `(B, n, C, H, W')`, Y `(B, C, H, W')`, K `(B, 1, H, W')`, sigma2 real `(B,)` and > 0, r2 real `(B,)`, or
+    `(H, W')` where r^2 I is a circular covariance -> like X.
     """
     Y, K = Y[:, None], K[:, None]
-    gain = 1 / (r2.view(-1, 1, 1, 1, 1) * (K.real**2 + K.imag**2) + sigma2.view(-1, 1, 1, 1, 1))
+    r2 = r2 if r2.dim() == 2 else r2.view(-1, 1, 1, 1, 1)
+    gain = 1 / (r2 * (K.real**2 + K.imag**2) + sigma2.view(-1, 1, 1, 1, 1))
     return K.conj() * (Y - K * X) * gain
 
 

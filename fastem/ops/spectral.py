@@ -34,7 +34,8 @@ def wiener_guidance(X: Tensor, Y: Tensor, K: Tensor, sigma2: Tensor, r2: Tensor)
         Y: `(B, C, H, W')` complex, spectra of the observations.
         K: `(B, 1, H, W')` complex, half spectra of the kernels (`psf_to_otf`); one kernel serves all images.
         sigma2: `(B,)` or `(1,)` real, variance of the noise in image units; > 0: Eq. (17) divides by it where K = 0.
-        r2: `(B,)` or `(1,)` real, r_t^2 >= 0 in image units.
+        r2: real, r_t^2 >= 0 in image units: `(B,)` or `(1,)`, or `(H, W')`, that of each frequency (the covariance of
+            x_0 about x0_hat is then circular instead of r^2 I), for all images.
 
     Returns:
         Like X: the spectrum of the guidance direction of each particle.
@@ -45,7 +46,9 @@ def wiener_guidance(X: Tensor, Y: Tensor, K: Tensor, sigma2: Tensor, r2: Tensor)
     _check_spectra(X, Y)
     if K.dim() != 4 or K.shape[0] not in (1, X.shape[0]) or K.shape[1] != 1 or K.shape[2:] != X.shape[3:]:
         raise ValueError(f"K must be (B, 1, H, W') like X {tuple(X.shape)}, got {tuple(K.shape)}")
-    for name, value in (("sigma2", sigma2), ("r2", r2)):
+    if r2.dim() == 2 and r2.shape != X.shape[3:]:
+        raise ValueError(f"r2 must be (B,) or (H, W') like X {tuple(X.shape)}, got {tuple(r2.shape)}")
+    for name, value in (("sigma2", sigma2), ("r2", sigma2 if r2.dim() == 2 else r2)):
         if value.dim() != 1 or value.shape[0] not in (1, X.shape[0]):
             raise ValueError(f"{name} must be a tensor (B,) or (1,) for B = {X.shape[0]}, got {tuple(value.shape)}")
     return run("wiener_guidance", X, Y, K, sigma2, r2)

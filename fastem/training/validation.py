@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastem.models import ErrorSpectrum
+
 LEVELS = (5, 15, 25, 50, 100)  # grey levels
 PATCH, MAX_PATCHES = 96, 32
 LOWEST, HIGHEST = 0.005, 160.0  # noise levels of training, [-1, 1] units
@@ -63,16 +65,45 @@ def denoising_psnr(model: Denoiser, clean: Tensor, level: float, seed: int = 0) 
 
 
 def measure_r2(model: Denoiser, clean: Tensor, num_levels: int = 20, seed: int = 0) -> list[list[float]]:
-    """`[[sigma, mean squared error], ...]` of `model(x, sigma)` on clean images `(N, C, H, W)` in [-1, 1].
+    """`[[sigma, mean squared error, cutoff, power], ...]` of `model(x, sigma)` on clean `(N, C, H, W)` in [-1, 1].
 
-    Levels are log-uniform over those of training. The error is that of x0_hat in PiGDM, which `EpsModel.r2` looks up.
+    Levels are log-uniform over those of training. The error is that of x0_hat in PiGDM, which `EpsModel.r2` and
+    `EpsModel.error_spectrum` look up.
     """
     noise = _noise(clean, seed)
-    levels = torch.linspace(math.log(LOWEST), math.log(HIGHEST), num_levels, dtype=torch.float64).exp().tolist()
-    with torch.no_grad():
-        return [
-            [sigma, (_denoise(model, clean + sigma * noise, sigma) - clean).square().mean().item()] for sigma in levels
-        ]
+    rows = []
+    for sigma in np.geomspace(LOWEST, HIGHEST, num_levels).tolist():
+        error = _denoise(model, clean + sigma * noise, sigma) - clean
+        fitted = fit_spectrum(*radial_spectrum(error), sigma**2)
+        rows.append([sigma, error.square().mean().item(), fitted.cutoff, fitted.power])
+    return rows
+
+
+def radial_spectrum(error: Tensor, num_bands: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies, in cycles per pixel, and the variance about each of `(N, C, H, W)`: equal to that of a pixel if
+    the error is white. Bands are evenly spread in log frequency; empty ones are left out."""
+    rows, columns = (torch.fft.fftfreq(size, dtype=torch.float64) for size in error.shape[-2:])
+    frequency = torch.hypot(rows[:, None], columns).flatten()
+    power = torch.fft.fft2(error.double().cpu(), norm="ortho").abs().square().mean(dim=(0, 1)).flatten()
+    edges = torch.linspace(math.log(1 / max(error.shape[-2:])), math.log(0.5**0.5), num_bands + 1, dtype=torch.float64)
+    band = torch.bucketize(frequency.log(), edges[1:-1], right=True)  # the mean of an image falls into the first
+    kept = frequency > 0
+    count, f, p = (
+        torch.zeros(num_bands, dtype=torch.float64).index_add_(0, band[kept], values[kept])
+        for values in (torch.ones_like(frequency), frequency, power)
+    )
+    found = count > 0
+    return (f / count)[found].numpy(), (p / count)[found].numpy()
+
+
+def fit_spectrum(frequency: np.ndarray, variance: np.ndarray, peak: float) -> ErrorSpectrum:
+    """The `ErrorSpectrum` with this peak closest to the variances, least squares of their logarithms."""
+    cutoff, power = np.geomspace(1e-4, 10, 201)[:, None, None], np.linspace(0.5, 4, 71)[:, None]
+    fitted = -np.log1p((frequency / cutoff) ** power)
+    wanted = np.log(np.clip(variance / peak, 1e-12, 1))  # more than the noise is chance
+    distance = np.square(fitted - wanted).sum(axis=-1)
+    i, j = np.unravel_index(distance.argmin(), distance.shape)
+    return ErrorSpectrum(peak, float(cutoff[i, 0, 0]), float(power[j, 0]))
 
 
 @torch.no_grad()

@@ -121,18 +121,24 @@ void test_spectral(int64_t n_freq) {
     compare(Sxy, xy, named("spectral_sums Sxy", n_freq));
     compare(Sxx, xx, named("spectral_sums Sxx", n_freq));
   }
-  const float sigma2[2] = {0.1f, 0.3f}, r2[2] = {0.5f, 0.2f};
-  std::vector<complex> V(X.size());
-  for (size_t at = 0; at < V.size(); ++at) {
-    const int64_t f = at % n_freq, c = at / n_freq % 3, b = at / (9 * n_freq);
-    const complex x = X[at], y = Y[(b * 3 + c) * n_freq + f], k = K[b * n_freq + f];
-    V[at] = std::conj(k) * (y - k * x) / (r2[b] * std::norm(k) + sigma2[b]);
+  const float sigma2[2] = {0.1f, 0.3f}, white[2] = {0.5f, 0.2f};
+  const auto spectrum = random_floats(n_freq, 7, 0.1f, 0.6f);
+  for (const bool coloured : {false, true}) {
+    SpectralParams q = p;
+    q.coloured = coloured;
+    const float* r2 = coloured ? spectrum.data() : white;
+    std::vector<complex> V(X.size());
+    for (size_t at = 0; at < V.size(); ++at) {
+      const int64_t f = at % n_freq, c = at / n_freq % 3, b = at / (9 * n_freq);
+      const complex x = X[at], y = Y[(b * 3 + c) * n_freq + f], k = K[b * n_freq + f];
+      V[at] = std::conj(k) * (y - k * x) / (r2[coloured ? f : b] * std::norm(k) + sigma2[b]);
+    }
+    Guarded<cfloat> v(static_cast<int64_t>(X.size()));
+    in_pieces(v.size(), [&](int64_t begin, int64_t end) {
+      wiener_guidance_cpu(X.data(), Y.data(), K.data(), sigma2, r2, v.data(), q, begin, end);
+    });
+    compare(v, V, named(coloured ? "wiener_guidance coloured" : "wiener_guidance", n_freq));
   }
-  Guarded<cfloat> v(static_cast<int64_t>(X.size()));
-  in_pieces(v.size(), [&](int64_t begin, int64_t end) {
-    wiener_guidance_cpu(X.data(), Y.data(), K.data(), sigma2, r2, v.data(), p, begin, end);
-  });
-  compare(v, V, named("wiener_guidance", n_freq));
 }
 
 void test_psf_to_otf(int64_t h, int64_t w, int64_t height, int64_t width) {

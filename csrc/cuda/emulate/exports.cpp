@@ -29,8 +29,8 @@ extern "C" {
 void emulate_device(int n_sm, int shared_bytes, int reverse) { emulate::device = {n_sm, shared_bytes, reverse != 0}; }
 
 int wiener_guidance(const cfloat* X, const cfloat* Y, const cfloat* K, const float* sigma2, const float* r2, cfloat* V,
-                    int64_t n_image, int64_t n_particle, int64_t n_chan, int64_t n_freq) {
-  return wiener_guidance_cuda(X, Y, K, sigma2, r2, V, {n_image, n_particle, n_chan, n_freq}, nullptr);
+                    int64_t n_image, int64_t n_particle, int64_t n_chan, int64_t n_freq, int coloured) {
+  return wiener_guidance_cuda(X, Y, K, sigma2, r2, V, {n_image, n_particle, n_chan, n_freq, coloured != 0}, nullptr);
 }
 
 int spectral_sums(const cfloat* X, const cfloat* Y, cfloat* Sxy, float* Sxx, int64_t n_image, int64_t n_particle,

@@ -7,6 +7,7 @@ namespace fastem {
 
 struct SpectralParams {
   int64_t n_image, n_particle, n_chan, n_freq;  // X (image, particle, chan, freq), Y (image, chan, freq)
+  bool coloured = false;  // r2 is (freq), the same for all images, instead of (image)
 };
 
 // The sums of Eq. (24) over the particles, and over the channels unless `per_channel`:
@@ -15,7 +16,7 @@ struct SpectralParams {
 void spectral_sums_cpu(const cfloat* X, const cfloat* Y, cfloat* Sxy, float* Sxx, const SpectralParams& p,
                        bool per_channel, int64_t begin, int64_t end);
 
-// V = conj(K) (Y - K X) / (r2 |K|^2 + sigma2), Eq. (17): K (image, freq), sigma2 and r2 (image).
+// V = conj(K) (Y - K X) / (r2 |K|^2 + sigma2), Eq. (17): K (image, freq), sigma2 (image), r2 (image) or (freq).
 // Elements [begin, end) of the flattened V, which is like X.
 void wiener_guidance_cpu(const cfloat* X, const cfloat* Y, const cfloat* K, const float* sigma2, const float* r2,
                          cfloat* V, const SpectralParams& p, int64_t begin, int64_t end);
