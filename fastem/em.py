@@ -16,6 +16,8 @@ from fastem.operators import Observation
 from fastem.samplers import DDPM, Eager, Execute, Noise, Rule, Sample, sample
 from fastem.schedules import Schedule, Step, time_of_sigma
 
+LOW = 0.02  # cycles per pixel; at lower frequencies an image is its subject, not a power law
+
 
 @dataclass(frozen=True)
 class KernelState:
@@ -149,6 +151,30 @@ def gradient_sums(
         sums = ops.spectral_sums(G, difference * observation.Y)
         cross, energy = cross + sums[0], energy + sums[1]
     return cross, energy
+
+
+def noise_level(observation: Observation, X: Tensor, K: Tensor, num_iters: int = 3) -> Tensor:
+    """The M-step of sigma, `(B,)`: the residual where the image and its kernel explain nothing.
+
+    X `(B, n, C, H, W')`, K `(B, 1, H, W')`. Over all frequencies the residual is the noise, less what x has learnt of
+    it, plus what a wrong kernel leaves. Where K has removed the image it is the noise alone: a frequency counts by how
+    far the noise is above the blurred image, taken to have the power of x and a 1 / f^2 spectrum. At most a factor of 2
+    from `observation.sigma`.
+    """
+    E, f = observation.residual(X, K), observation.log_frequency.exp().clamp(min=1 / max(observation.size))
+    batch, _, chan, *_ = E.shape
+    measured = observation.measured.expand(batch, 1, chan, *observation.size).mean(dim=(1, 2, 3, 4))
+    pixels = observation.size[0] * observation.size[1]
+    left = (E.real**2 + E.imag**2).mean(dim=(1, 2)) / (pixels * measured.view(-1, 1, 1))
+    whitened = (X.real**2 + X.imag**2).mean(dim=(1, 2)) / pixels * f**2
+    strength = torch.where(f > LOW, whitened, 0).sum(dim=(1, 2), keepdim=True) / (f > LOW).sum()
+    blurred = (K.real**2 + K.imag**2)[:, 0] * strength / f**2
+    given = variance = observation.sigma.view(-1, 1, 1) ** 2
+    for _ in range(num_iters):
+        weight = (variance / (variance + blurred)) ** 4
+        variance = (weight * left).sum(dim=(1, 2), keepdim=True) / weight.sum(dim=(1, 2), keepdim=True)
+        variance = variance.clamp(given / 4, given * 4)
+    return variance.sqrt().flatten()
 
 
 def denoise_observation(model: nn.Module, observation: Observation) -> Tensor:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastem import io, noise, photo, runtime
-from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em
+from fastem import io, noise, ops, photo, runtime
+from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, noise_level
 from fastem.guidance import DPS, Error, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
 from fastem.initial import CoarseToFine, centre_by_pixels, drop_faint, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
@@ -37,6 +37,7 @@ TIGHT_TILE = 256  # pixels: side of the tiles where memory has ended
 NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
 SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes minutes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
+NOISE_AGREES = 1.06  # ratio of two noise levels: the kernel's view of it is 1 to 5 % high, the blind estimate better
 INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 CHI2_GOOD = 1.2  # a kernel that leaves more residual than this, in units of the noise, is searched for again
@@ -154,6 +155,7 @@ class _Job:
     settled: Restoration | None  # where there is nothing to do
     alone: bool = False  # restored in a batch of its own
     sent: runtime.Arriving | None = None  # the image, ahead of its batch
+    refine: bool = False  # sigma is a first guess, which the run may improve
 
     @property
     def kind(self) -> tuple:
@@ -435,7 +437,8 @@ class Deblurrer:
             settled = self._nothing_to_see(picture, used, estimated)
         ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
         canvas = None if ksize is None else self._canvas(picture.y, ksize)
-        return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled, self.varying)
+        refine = estimated and used == sigma  # an upper limit stays
+        return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled, self.varying, refine=refine)
 
     def _restore_jobs(
         self, jobs: Sequence[_Job], *, on_step: Any = None, tile: int | None = None,
@@ -466,35 +469,40 @@ class Deblurrer:
         y = torch.cat([self._to_device(job.picture.y) if job.sent is None else job.sent.get() for job in jobs])
         sigma = self._to_device(torch.tensor([job.sigma for job in jobs]))
         seeds = self._to_device(torch.tensor([job.seed for job in jobs], dtype=torch.int64))
-        drawn, canvas, trace = self.restore(
-            y, sigma, seeds, kernel=first.kernel, gamma=gamma, on_step=on_step, canvas=first.canvas, tile=tile
-        )
+        refine = self._to_device(torch.tensor([job.refine for job in jobs]))
+        drawn, canvas, trace, sigma = self.restore(
+            y, sigma, seeds, kernel=first.kernel, gamma=gamma, on_step=on_step, canvas=first.canvas, tile=tile,
+            refine=refine,
+        )  # fmt: skip
         residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
         kernels = None
         asked = self.varying and first.kernel is None and float(drawn.kernel.max()) < 1
-        if asked and _varies(residual[0], drawn.kernel.shape[-2:], first.sigma):
+        if asked and _varies(residual[0], drawn.kernel.shape[-2:], float(sigma)):
             varied, blurs = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
             left = canvas.crop(blurs(varied.images.mean(dim=1))) - y
             if float(left.square().mean()) < VARYING_GAIN * float(residual.square().mean()):
                 drawn, residual, kernels = varied, left, blurs.on_grid()
-        restored = self._restorations(jobs, drawn, canvas, residual, trace, later)
+        restored = self._restorations(jobs, drawn, canvas, residual, sigma, trace, later)
         if kernels is not None and isinstance(restored[0], Restoration):
             restored[0].kernels = kernels.cpu().numpy()
         return restored
 
     def _restorations(
-        self, jobs: Sequence[_Job], drawn: Sample, canvas: Canvas, residual: Tensor, trace: list[dict],
+        self, jobs: Sequence[_Job], drawn: Sample, canvas: Canvas, residual: Tensor, sigma: Tensor, trace: list[dict],
         later: runtime.Transfers | None,
     ) -> list[Restoration | Exception]:  # fmt: skip
         samples = canvas.crop(drawn.images)
         kernels = drawn.kernel.clamp(min=0)
         kernels = kernels / kernels.sum((-2, -1), keepdim=True)
         finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
-        leaving = (later or runtime.Transfers(None)).fetch([samples, kernels, finite, residual])
+        leaving = (later or runtime.Transfers(None)).fetch([samples, kernels, finite, residual, sigma])
 
         def finish(i: int) -> Restoration | Exception:
-            x, k, ok, e = (t[i] for t in leaving.get())
-            return self._restoration(jobs[i], x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
+            x, k, ok, e, s = (t[i] for t in leaving.get())
+            job, level = jobs[i], float(s)
+            if job.refine and not math.isclose(level, job.sigma, rel_tol=1e-6):  # of float32
+                job = replace(job, sigma=level)
+            return self._restoration(job, x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
 
         rows = range(len(jobs))
         return [runtime.Later(partial(finish, i)) for i in rows] if later else [finish(i) for i in rows]
@@ -573,11 +581,13 @@ class Deblurrer:
     @torch.no_grad()
     def restore(
         self, y: Tensor, sigma: float | Tensor, seeds: Tensor, *, kernel: Tensor | None = None, gamma: float = 1.0,
-        on_step: Any = None, canvas: Canvas | None = None, tile: int | None = None,
-    ) -> tuple[Sample, Canvas, list[dict]]:  # fmt: skip
+        on_step: Any = None, canvas: Canvas | None = None, tile: int | None = None, refine: Tensor | None = None,
+    ) -> tuple[Sample, Canvas, list[dict], Tensor]:  # fmt: skip
         """The batched core: y `(B, C, H, W)` in [0, 1], sigma scalar or `(B,)`, seeds `(B,)` -> particles on a canvas.
 
-        `canvas` is that of all images (None: chosen from them); `tile` as for the engine, and stronger.
+        `canvas` is that of all images (None: chosen from them); `tile` as for the engine, and stronger. `refine`
+        `(B,)`, bool: whose sigma is a guess that the search for the kernel improves (`fastem.em.noise_level`). Returns
+        the particles, the canvas, one record per step, and the sigma `(B,)` of the last run.
 
         The result of an image depends on its pixels, sigma and seed, not on the other images of the batch.
         """
@@ -618,7 +628,7 @@ class Deblurrer:
                     model, observation, guide, schedule, prior=prior, kernel_size=ksize, noise=philox,
                     compat=self.compat, rule=_rule(guide), r2=_r2(guide, self.model), execute=self.execute,
                 )  # fmt: skip
-                return drawn, canvas, trace
+                return drawn, canvas, trace, observation.sigma
             if kernel is not None:
                 known, sharp = kernel.to(y), torch.zeros(len(y), dtype=torch.bool, device=y.device)
             elif self.m_step == "hqs":
@@ -626,14 +636,18 @@ class Deblurrer:
                 guide = self._guide(INFLATION)
                 drawn = self._draw(model, observation, estimator, guide, schedule, philox(0 if once else 1), record)
                 if once:
-                    return drawn, canvas, trace
+                    return drawn, canvas, trace, observation.sigma
                 known, sharp = drop_faint(drawn.kernel), torch.zeros(len(y), dtype=torch.bool, device=y.device)
                 searched = len(trace)
             else:
-                known, sharp = self._find_kernel(y, observation, ksize, seeds, record, tile)
+                known, sharp, level = self._find_kernel(y, observation, ksize, seeds, record, tile)
+                if refine is not None:
+                    differs = (level / observation.sigma).log().abs() > math.log(NOISE_AGREES)
+                    level = torch.where(refine & differs & ~sharp, level.clamp(min=SIGMA_FLOOR), observation.sigma)
+                    observation = replace(observation, sigma=level)
                 searched = len(trace)
             if bool(sharp.all()):
-                return self._denoised(model, observation, ksize), canvas, trace
+                return self._denoised(model, observation, ksize), canvas, trace, observation.sigma
             guide = self._guide(1.0 if kernel is not None else KERNEL_INFLATION)
             still = self.mode is Mode.MEAN and self.guidance is Guide.MEAN
             drawn = self._draw(model, observation, Known(known), guide, schedule, philox(0), record, still)
@@ -641,7 +655,7 @@ class Deblurrer:
                 plain = self._denoised(model, observation, ksize)
                 x = torch.where(sharp.view(-1, 1, 1, 1, 1), plain.x, drawn.x)
                 drawn = Sample(x, torch.where(sharp.view(-1, 1, 1, 1), plain.kernel, drawn.kernel))
-        return drawn, canvas, trace
+        return drawn, canvas, trace, observation.sigma
 
     def _draw(
         self, model: torch.nn.Module, observation: Observation, estimator: KernelEstimator, guide: Guidance,
@@ -663,8 +677,10 @@ class Deblurrer:
     def _find_kernel(
         self, y: Tensor, observation: Observation, ksize: tuple[int, int], seeds: Tensor, record: Any,
         tile: int | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The kernel of each image, `(B, 1, h, w)`, and whether it shows no blur, `(B,)`: a start, then rounds of EM.
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The kernel of each image, `(B, 1, h, w)`; whether it shows no blur, `(B,)`; its noise as EM sees it, `(B,)`.
+
+        A start, then rounds of EM. The noise is sigma where no kernel was found.
 
         Each image keeps its first kernel that explains it, or the best of all; each search starts from other constants.
         """
@@ -673,12 +689,12 @@ class Deblurrer:
         widths = self._edge_widths(window, denoised)
         sharp = widths < SHARP_WIDTH
         if bool(sharp.all()):
-            return delta_kernel(len(y), ksize).to(y), sharp
+            return delta_kernel(len(y), ksize).to(y), sharp, window.sigma
         canvas = window.canvas or Canvas(*window.size, window.size)
         schedule = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SIGMA_MIN)
         light = denoised.clamp(min=0) ** observation.gamma
         found = delta_kernel(len(y), ksize).to(y)
-        best = torch.full((len(y),), math.inf, device=y.device)
+        best, level = torch.full((len(y),), math.inf, device=y.device), window.sigma
         for search in STARTS:
             k = search(light, ksize, window.canvas, window.seen)
             for run in range(1, self.effort.rounds + 1):
@@ -690,11 +706,13 @@ class Deblurrer:
             better = ~(best <= CHI2_GOOD) & (chi2 < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
             best = torch.where(better, chi2, best)
+            X, K = torch.fft.rfft2(drawn.images), ops.psf_to_otf(drawn.kernel, window.size)
+            level = torch.where(better, noise_level(window, X, K), level)
             if bool((best <= CHI2_GOOD).all()) or observation.y[0].numel() > SEARCH_AGAIN:
                 break
         least, offset, slope = DOUBTFUL_WIDTH
         sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_UNEXPLAINED)
-        return found, sharp
+        return found, sharp, level
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
         seen = self._seen(y)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastem import ops
-from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, gradient_sums
+from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, gradient_sums, noise_level
 from fastem.guidance import PosteriorMean
 from fastem.initial import difference_spectra
 from fastem.metrics import kernel_correlation
@@ -192,3 +192,27 @@ def test_diffusion_em(compat, runs):
     if compat == "paper":
         last = sample(model, observation, Known(result.kernel), guidance, schedule, noise=noise(3)).x
     assert torch.equal(result.x, last)
+
+
+@pytest.mark.parametrize("canvas", [None, Canvas(80, 72, (64, 56))], ids=["periodic", "canvas"])
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.4])
+def test_noise_level_is_that_of_the_residual_where_nothing_is_explained(canvas, factor):
+    """From a wrong level and a kernel and an image with errors of their own; the plain residual is far off."""
+    size, sigma = (80, 72), torch.tensor([0.02, 0.04], dtype=torch.float64)
+    f = Observation.of(torch.zeros(1, 3, *size, dtype=torch.float64), 1.0).log_frequency.exp().clamp(min=1 / 80)
+    g = torch.Generator().manual_seed(0)
+
+    def draw(std):  # a 1 / f^2 spectrum
+        white = torch.randn(2, 3, *size, generator=g, dtype=torch.float64)
+        return std * torch.fft.irfft2(torch.fft.rfft2(white) / f / 8, s=size)
+
+    x, k = 0.5 + draw(0.1), motion_kernel(13, 1)[None, None]
+    k = torch.from_numpy(k).double()
+    y = blur(x, k) + sigma.view(-1, 1, 1, 1) * torch.randn(x.shape, generator=g, dtype=torch.float64)
+    X, K = torch.fft.rfft2(x + draw(0.02))[:, None], ops.psf_to_otf(k, size)
+    observation = Observation.of(y, factor * sigma, canvas)
+    found = noise_level(observation, X, K)
+    assert found.shape == (2,) and found == pytest.approx(sigma, rel=0.06)
+    left = torch.fft.irfft2(observation.residual(X, K), s=size).square().mean(dim=(1, 2, 3, 4)).sqrt()
+    assert not (left == pytest.approx(sigma, rel=0.06))
+    assert noise_level(Observation.of(y, 0.1 * sigma, canvas), X, K).max() <= 0.2 * sigma.max() * (1 + 1e-9)

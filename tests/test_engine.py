@@ -224,8 +224,20 @@ def test_the_guard_decides_for_each_image_of_a_batch():
     y = torch.stack([torch.from_numpy(v).permute(2, 0, 1) for v in (
         degrade(edges(64, 64, seed=3), np.ones((1, 1)), 0.01, 3).astype(np.float32), blurred(64, 64, seed=3, size=9)[2],
     )]).float()  # fmt: skip
-    drawn, _, _ = quick(kernel_size=9).restore(y, 0.01, torch.tensor([0, 0]))
+    drawn, *_ = quick(kernel_size=9).restore(y, 0.01, torch.tensor([0, 0]))
     assert drawn.kernel[0].max() == 1 and drawn.kernel[1].max() < 1
+
+
+def test_a_wrong_estimate_of_the_noise_is_corrected_by_em(monkeypatch):
+    _, _, y = blurred(96, 96, seed=3, size=9, sigma=0.02)
+    engine = quick(kernel_size=9, steps=6)
+    monkeypatch.setattr("fastem.engine.noise.estimate_sigma", lambda image: 0.03)
+    assert engine(y).sigma == pytest.approx(0.02, rel=0.15) and engine(y, sigma=0.03).sigma == 0.03
+    assert engine(y, lossy=True).sigma == pytest.approx(0.02, rel=0.15)  # above what compression leaves
+    monkeypatch.setattr("fastem.engine.noise.estimate_sigma", lambda image: 0.0202)
+    assert engine(y).sigma == 0.0202  # where both agree the estimate stays
+    monkeypatch.setattr("fastem.engine.noise.estimate_sigma", lambda image: 0.004)
+    assert engine(y, lossy=True).sigma == 2 / 255  # an upper limit stays
 
 
 def test_blur_in_linear_light():
@@ -389,7 +401,7 @@ def test_an_image_does_not_see_its_company(name, options, request):
     def run(seed, sigma, scale=1.0):
         other = scale * torch.from_numpy(blurred(18, 15, seed)[2]).permute(2, 0, 1)
         y, seeds = torch.stack([mine, other]), torch.tensor([4, seed])
-        drawn, _, _ = engine.restore(y, torch.tensor([0.02, sigma]), seeds)
+        drawn, *_ = engine.restore(y, torch.tensor([0.02, sigma]), seeds)
         return drawn.x[0], drawn.kernel[0]
 
     x, k = run(1, 0.02)

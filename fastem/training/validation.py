@@ -68,32 +68,32 @@ def measure_r2(model: Denoiser, clean: Tensor, num_levels: int = 20, seed: int =
     """`[[sigma, mean squared error, cutoff, power], ...]` of `model(x, sigma)` on clean `(N, C, H, W)` in [-1, 1].
 
     Levels are log-uniform over those of training. The error is that of x0_hat in PiGDM, which `EpsModel.r2` and
-    `EpsModel.error_spectrum` look up.
+    `EpsModel.error_spectrum` look up. The spectrum is that of the image with the largest error in each band: on busy
+    images PiGDM overshoots with the mean.
     """
     noise = _noise(clean, seed)
     rows = []
     for sigma in np.geomspace(LOWEST, HIGHEST, num_levels).tolist():
         error = _denoise(model, clean + sigma * noise, sigma) - clean
-        fitted = fit_spectrum(*radial_spectrum(error), sigma**2)
+        frequency, variance = radial_spectrum(error)
+        fitted = fit_spectrum(frequency, variance.max(axis=0), sigma**2)
         rows.append([sigma, error.square().mean().item(), fitted.cutoff, fitted.power])
     return rows
 
 
 def radial_spectrum(error: Tensor, num_bands: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies, in cycles per pixel, and the variance about each of `(N, C, H, W)`: equal to that of a pixel if
-    the error is white. Bands are evenly spread in log frequency; empty ones are left out."""
+    """Frequencies in cycles per pixel, `(bands,)`, and the variance about each of `(N, C, H, W)`, `(N, bands)`: equal
+    to that of a pixel if the error is white. Bands are evenly spread in log frequency; empty ones are left out."""
     rows, columns = (torch.fft.fftfreq(size, dtype=torch.float64) for size in error.shape[-2:])
     frequency = torch.hypot(rows[:, None], columns).flatten()
-    power = torch.fft.fft2(error.double().cpu(), norm="ortho").abs().square().mean(dim=(0, 1)).flatten()
+    power = torch.fft.fft2(error.double().cpu(), norm="ortho").abs().square().mean(dim=1).flatten(1)
     edges = torch.linspace(math.log(1 / max(error.shape[-2:])), math.log(0.5**0.5), num_bands + 1, dtype=torch.float64)
     band = torch.bucketize(frequency.log(), edges[1:-1], right=True)  # the mean of an image falls into the first
     kept = frequency > 0
-    count, f, p = (
-        torch.zeros(num_bands, dtype=torch.float64).index_add_(0, band[kept], values[kept])
-        for values in (torch.ones_like(frequency), frequency, power)
-    )
-    found = count > 0
-    return (f / count)[found].numpy(), (p / count)[found].numpy()
+    values = torch.cat([torch.ones_like(frequency)[None], frequency[None], power])
+    sums = values.new_zeros(len(values), num_bands).index_add_(1, band[kept], values[:, kept])
+    count, frequencies, *variances = sums[:, sums[0] > 0]
+    return (frequencies / count).numpy(), (torch.stack(variances) / count).numpy()
 
 
 def fit_spectrum(frequency: np.ndarray, variance: np.ndarray, peak: float) -> ErrorSpectrum:
