@@ -3,8 +3,9 @@
 Activations are `(N, H, W, C)`, float32, contiguous. Kinds: `SAME` is 3x3 with stride 1 and zero padding 1, `DOWN` is
 2x2 with stride 2, `UP` its transpose, `POINT` 1x1; weights are those of `torch.nn.Conv2d` and `ConvTranspose2d`.
 
-The native 3x3 kernel is Winograd's F(4x4, 3x3) (Lavin and Gray 2016) with the points 0, +-11/16, +-3/2, infinity and
-sums cut at 16 channels: its error is that of a direct convolution in float32.
+The native 3x3 kernel is Winograd's F(4x4, 3x3) (Lavin and Gray 2016) with the points 0, +-5/8, +-25/16, infinity and
+pairwise sums over the channels; up to 16 channels it is direct. Its error (rms, against float64, on white noise) is at
+most twice that of torch's convolution in float32 and its default layout.
 """
 
 from __future__ import annotations
