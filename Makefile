@@ -75,7 +75,9 @@ RESULTS_LIMIT ?= 8
 results: $(VENV)/.dev $(VENV)/.native
 	$(BIN)/fastem evaluate quick --data "$(DATA)" -o $(RESULTS)/quick --limit $(RESULTS_LIMIT)
 	$(BIN)/fastem evaluate fig4 --data "$(DATA)" -o $(RESULTS)/fig4 --limit $(RESULTS_LIMIT)
-	$(BIN)/python benchmarks/results.py $(RESULTS)/quick $(RESULTS)/fig4
+	$(BIN)/fastem evaluate pairs --data "$(DATA)" -o $(RESULTS)/pairs
+	$(BIN)/fastem evaluate real --data "$(DATA)" -o $(RESULTS)/real
+	$(BIN)/python benchmarks/results.py $(addprefix $(RESULTS)/,quick fig4 pairs real)
 
 GPU_JSON := benchmarks/results/gpu
 FFHQ := --prior ffhq-random --guidance pigdm --dtype float16 --channels-last --device cuda

@@ -58,6 +58,7 @@ class Estimate:
     image: np.ndarray | None = None  # (H, W, 3) in [0, 1]; None for an estimator of the kernel
     kernel: np.ndarray | None = None  # (h, w), sums to 1; None where no kernel is estimated
     mean: np.ndarray | None = None  # (H, W, 3), mean of the particles where there are several
+    warnings: tuple[str, ...] = ()  # codes, such as W_VARYING
 
 
 def wiener(problem: Problem) -> Estimate:

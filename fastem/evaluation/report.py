@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from fastem import io
 from fastem.evaluation.protocol import PAPER_FIGURES
-from fastem.evaluation.run import COLUMNS, KEY, Row, read_rows, read_run, row_files, slug
+from fastem.evaluation.run import COLUMNS, KEY, TEXTS, Row, read_rows, read_run, row_files, slug
 from fastem.evaluation.statistics import bootstrap_mean, paired
 
 NEEDS_EXTRA = "pip install fastem[eval]"
@@ -59,13 +59,14 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
     `worse` counts the cases with less aligned PSNR than the input, and those that ended with an error.
     """
     found: dict[str, Any] = {"cases": len(rows), "errors": sum("error" in row for row in rows)}
-    names = [n for n in COLUMNS if n not in {*KEY, "method", "observation", "error"}]
+    names = [n for n in COLUMNS if n not in {*KEY, "method", *TEXTS}]
     names += sorted({n for row in rows for n in row} - set(COLUMNS))
     for name in names:
         values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
         if values:
             interval = bootstrap_mean(per_image(rows, name))
             found[name] = interval._asdict() | {"median": statistics.median(values), "count": len(values)}
+    found["varying"] = sum("W_VARYING" in row.get("warnings", "") for row in rows)
     gains = [row["gain"] for row in rows if "gain" in row]
     if gains or found["errors"]:
         found["worse"] = sum(g < 0 for g in gains) + found["errors"]
@@ -158,6 +159,7 @@ FIGURES: list[Column] = [
     ("median rel. error", lambda s: _number(s.get("kernel_error"), 3, "median")),
     ("kernel corr. (median)", lambda s: _number(s.get("kernel_correlation"), 3, "median")),
     ("chi² (median)", lambda s: _number(s.get("chi2"), 2, "median")),
+    ("blur varies", lambda s: f"{s['varying']} of {s['cases']}" if s["varying"] else ""),
 ]
 COST_FIGURES: list[Column] = [
     ("seconds (median)", lambda s: "" if "seconds" not in s else f"{s['seconds']['median']:.3g}"),
@@ -265,7 +267,8 @@ HOW_TO_READ = (
     "the input, and errors. Intervals: bootstrap over the images. PSNR-SA: of the mean of the "
     "particles. Relative kernel error: squared distance over squared norm, after the best shift (1 is no kernel at "
     "all); correlation: greatest normalised cross-correlation. chi²: mean squared residual of image and kernel over "
-    "the noise variance. SSIM: 11 x 11 Gaussian window of std 1.5, mean over pixels and channels. Network "
+    "the noise variance. Blur varies: images that no single blur explains (`W_VARYING`). SSIM: 11 x 11 Gaussian window "
+    "of std 1.5, mean over pixels and channels. Network "
     "evaluations and gradients were counted on the network while it ran; FLOPs count multiplications and additions "
     "apart. Columns `paper` quote published figures from other images and weights: they are no comparison."
 )
@@ -466,11 +469,12 @@ def _sheets(out: Path, rows: list[Row], methods: list[str]) -> list[Block]:
         figure = (
             f"{row['psnr_aligned']:.2f} dB"
             if "psnr_aligned" in row
-            else f"chi² {row['chi2']:.2f}"
+            else f"chi^2 {row['chi2']:.2f}"
             if "chi2" in row
             else ""
         )
-        captions[row["method"], stem] = f"{row['method']} {figure}"
+        varies = ", varies" if "W_VARYING" in row.get("warnings", "") else ""
+        captions[row["method"], stem] = f"{row['method']} {figure}{varies}"
     blocks: list[Block] = [Heading("Side by side")]
     (out / "sheets").mkdir(exist_ok=True)
     for file in sorted(folder.glob("*.png"))[:MOST_SHEETS]:

@@ -37,7 +37,8 @@ SCORES = (
     "kernel_correlation", "chi2",
 )  # fmt: skip
 COSTS = ("seconds", "cpu_seconds", "forwards", "vjps", "gflop")
-COLUMNS = (*ROW_KEY, *SCORES, *COSTS, "sigma_used", "observation", "error")
+TEXTS = ("observation", "warnings", "error")
+COLUMNS = (*ROW_KEY, *SCORES, *COSTS, "sigma_used", *TEXTS)
 FLUSH_SECONDS = 2.0
 MAX_SHIFT = 16  # pixels; larger images than 64 pixels are aligned within it
 MOST_SHEETS = 64
@@ -263,7 +264,7 @@ def _restore(engine: Deblurrer, method: Method, problem: Problem) -> tuple[Estim
         lossy=problem.lossy,
     )  # fmt: skip
     mean = r.mean() if len(r.samples) > 1 else None
-    return Estimate(np.asarray(r.image), r.kernel, mean), r.sigma
+    return Estimate(np.asarray(r.image), r.kernel, mean, tuple(w.split(":")[0] for w in r.warnings)), r.sigma
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -345,6 +346,8 @@ class Evaluation:
             estimate, sigma, costs = self._contestants.run(name, problem)
             found = score(problem, estimate, sigma, self._plugins) | costs | {"sigma_used": 255 * sigma}
             row |= {name: value for name, value in found.items() if value is not None}
+            if estimate.warnings:
+                row["warnings"] = " ".join(estimate.warnings)
         except (ValueError, ArithmeticError, MemoryError) as error:
             if isinstance(error, FastemError) or getattr(error, "code", None):
                 raise
@@ -452,7 +455,7 @@ def read_rows(files: list[Path]) -> list[Row]:
                 row: Row = {k: v for k, v in raw.items() if v != ""}
                 for name in ROW_KEY:
                     row.setdefault(name, "")
-                texts = {*ROW_KEY, "observation", "error"}
+                texts = {*ROW_KEY, *TEXTS}
                 rows.append({k: v if k in texts else float(v) for k, v in row.items()})
     return rows
 
