@@ -288,7 +288,8 @@ def sample(
         noise: x_T and the noise of each step, `(B, n, C, H, W)`; None where neither is drawn.
         rule: `DDPM`, `DDIM`, `Renoise` or `PlugAndPlay`.
         r2: r_t^2 of the guidance as a function of the noise level, in [-1, 1] units: a number, or `ErrorSpectrum`, such
-            as `fastem.models.EpsModel.error_spectrum`, that measured for the weights.
+            as `fastem.models.EpsModel.error_spectrum`, that measured for the weights. Of a spectrum the peak counts for
+            all frequencies where the observation is not diagonal in Fourier.
         error: mean squared error of x0_hat that the estimator is told (Appendix D), likewise;
             `fastem.models.EpsModel.r2` is that measured for the weights. None: r2 (the peak of a spectrum).
         x_start: particles at the first step in network range, instead of `noise.start()`.
@@ -303,10 +304,13 @@ def sample(
     table = [StepConstants.of(step, guidance, rule, r2, error) for step in steps]
     x_t = noise.start() if x_start is None else x_start
     run = execute(StepBody(model, estimator, guidance), observation, estimator.start(observation), x_t, table)
+    # Where pixels were not measured the edge of what was counts at high frequencies: three imputations per step do not
+    # make up for it, and a small r^2 there makes much of it.
+    by_frequency = observation.diagonal
     for row, step in ranges.each(ranges.STEP, enumerate(steps)):
         c = table[row]
         pulls = guidance.jacobian and c.gain != 0 and step.sigma_t >= vjp_down_to
-        phase = Phase(not estimator.rests(step), pulls, coloured=c.log_cutoff < math.inf)
+        phase = Phase(not estimator.rests(step), pulls, coloured=by_frequency and c.log_cutoff < math.inf)
         draw = None
         if c.std:
             draw = noise.draw(step.index) if isinstance(noise, PhiloxNoise) else partial(noise.step, step.index)

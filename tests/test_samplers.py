@@ -342,6 +342,18 @@ def test_spectrum_of_a_white_error_is_a_number():
     assert torch.equal(runs[0], runs[1]) and torch.allclose(runs[0], runs[2], atol=1e-4)
 
 
+def test_spectrum_counts_by_its_peak_where_the_margin_was_not_measured():
+    model, k = GaussianEps(torch.zeros(3, 16, 16), 0.25), kernels(1, 3, 3).float()
+    schedule, noise = Schedule.linear().respace(8), PhiloxNoise(torch.tensor([0]), 2, (3, 16, 16))
+    for canvas in (None, Canvas(16, 16, (12, 13))):
+        observation = Observation.of(uniform(1, 3, 16, 16).float(), 0.05, canvas)
+        runs = [
+            sample(model, observation, Known(k), PiGDM(), schedule, noise=noise, r2=r2).x
+            for r2 in (lambda s: s**2, lambda s: ErrorSpectrum(s**2, 0.1, 2.0))
+        ]
+        assert torch.equal(*runs) == (canvas is not None)
+
+
 @pytest.mark.parametrize("rule", [DDPM(), DDIM(0.0), Renoise(0.5)], ids=["ddpm", "ddim", "renoise"])
 @pytest.mark.parametrize("schedule", [Schedule.linear().respace(20), Schedule.karras(20, 50)], ids=["linear", "karras"])
 def test_mean_of_posterior_mean_guidance(rule, schedule):
