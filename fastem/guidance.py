@@ -53,15 +53,16 @@ def in_unit_range(r2: float | ErrorSpectrum) -> float | ErrorSpectrum:
 def pseudo_inverse(X: Tensor, K: Tensor, observation: Observation, sigma: Tensor, r2: Number) -> Tensor:
     """The spectrum of `v = H^T (r^2 H H^T + sigma^2)^-1 (y - H x0_hat)`, Eq. (17), like X.
 
-    X `(B, n, C, H, W')`, K `(B, 1, H, W')`, sigma `(B,)` and r2 in [0, 1] units, a number or `(H, W')`.
+    X `(B, n, C, H, W')`, K `(B, 1, H, W')`, sigma `(B,)` and r2 in [0, 1] units: a number, or `(H, W')` where the
+    observation is diagonal.
     """
-    coloured = isinstance(r2, Tensor) and r2.dim() == 2
-    r2_t = r2 if coloured else torch.zeros_like(sigma) + r2  # full_like would fetch a number that is on the device
+    if isinstance(r2, Tensor) and r2.dim() == 2:
+        return ops.wiener_guidance(X, observation.Y, K, sigma**2, r2)  # Eq. (17)
+    r2_t = torch.zeros_like(sigma) + r2  # full_like would fetch a number that is on the device
     if observation.diagonal:
         return ops.wiener_guidance(X, observation.Y, K, sigma**2, r2_t)  # Eq. (17)
     E, n = observation.residual(X, K), X.shape[1]  # particles differ where y was not measured: each is an image here
-    rows = [v.repeat_interleave(n, dim=0) for v in (K, sigma**2)]
-    rows.append(r2_t if coloured else r2_t.repeat_interleave(n, dim=0))
+    rows = [v.repeat_interleave(n, dim=0) for v in (K, sigma**2, r2_t)]
 
     def inverse(E: Tensor) -> Tensor:
         V = ops.wiener_guidance(torch.zeros_like(E).flatten(0, 1)[:, None], E.flatten(0, 1), *rows)

@@ -304,13 +304,13 @@ def sample(
     table = [StepConstants.of(step, guidance, rule, r2, error) for step in steps]
     x_t = noise.start() if x_start is None else x_start
     run = execute(StepBody(model, estimator, guidance), observation, estimator.start(observation), x_t, table)
-    # Where pixels were not measured the edge of what was counts at high frequencies: three imputations per step do not
-    # make up for it, and a small r^2 there makes much of it.
-    by_frequency = observation.diagonal
     for row, step in ranges.each(ranges.STEP, enumerate(steps)):
         c = table[row]
         pulls = guidance.jacobian and c.gain != 0 and step.sigma_t >= vjp_down_to
-        phase = Phase(not estimator.rests(step), pulls, coloured=by_frequency and c.log_cutoff < math.inf)
+        # Where pixels were not measured, the edge of what was is seen at high frequencies: three imputations per step
+        # do not make up for it, and a small r^2 there makes much of it.
+        coloured = observation.diagonal and c.log_cutoff < math.inf
+        phase = Phase(learns=not estimator.rests(step), pulls=pulls, coloured=coloured)
         draw = None
         if c.std:
             draw = noise.draw(step.index) if isinstance(noise, PhiloxNoise) else partial(noise.step, step.index)

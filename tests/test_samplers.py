@@ -14,7 +14,7 @@ from fastem.em import Known
 from fastem.guidance import DPS, PiGDM, PosteriorMean, default_r2, pseudo_inverse, still_r2
 from fastem.models import EpsModel, ErrorSpectrum, GaussianEps
 from fastem.operators import Canvas, Observation, blur
-from fastem.samplers import DDIM, DDPM, PhiloxNoise, PlugAndPlay, Renoise, evaluate, sample
+from fastem.samplers import DDIM, DDPM, PhiloxNoise, PlugAndPlay, Renoise, StepConstants, evaluate, sample
 from fastem.schedules import Schedule
 
 
@@ -340,6 +340,14 @@ def test_spectrum_of_a_white_error_is_a_number():
         for r2 in (lambda s: s**2, lambda s: ErrorSpectrum(s**2), lambda s: ErrorSpectrum(s**2, 1e9))
     ]
     assert torch.equal(runs[0], runs[1]) and torch.allclose(runs[0], runs[2], atol=1e-4)
+
+
+def test_variance_of_a_step_is_that_of_the_spectrum():
+    observation, law = Observation.of(uniform(1, 3, 16, 13), 0.05), ErrorSpectrum(0.6, 0.1, 1.7)
+    step = Schedule.linear().respace(8).step(4)
+    c = StepConstants.of(step, PiGDM(), DDPM(), lambda sigma_t: law)
+    frequency = torch.hypot(torch.fft.fftfreq(16, dtype=torch.float64)[:, None], torch.fft.rfftfreq(13))
+    assert c.r2_map(observation).numpy() == pytest.approx(law.at(frequency.numpy()) / 4, rel=1e-6)
 
 
 def test_spectrum_counts_by_its_peak_where_the_margin_was_not_measured():
