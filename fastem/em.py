@@ -100,13 +100,15 @@ class EdgeEM:
     `fastem.initial`. While the noise is high x0_hat has no edges to learn from and the kernel rests. Below `sigma_on`
     each step adds its sums to those of the steps before, which count less with every step (online EM), and the M-step
     is the least squares on the simplex in the gradient domain, which is whiter: Eq. (24) with the projection inside the
-    solve instead of after it. Values below `threshold` of the peak are dropped: they are what the noise leaves of an
-    empty background, and a hundred of them haze the image.
+    solve instead of after it. Only the strongest edges of x0_hat teach: the fainter gradients hold most of what the
+    present kernel left wrong in x0_hat, which would confirm that kernel. Values below `threshold` of the peak are
+    dropped: they are what the noise leaves of an empty background, and a hundred of them haze the image.
     """
 
     k_start: Tensor  # (B, 1, h, w)
-    sigma_on: float = 0.41  # of sigma_t, relative to [-1, 1]
-    ridge: float = 0.3
+    sigma_on: float = 0.8  # of sigma_t, relative to [-1, 1]
+    edges: float = 0.15  # part of the pixels that teaches
+    ridge: float = 0.4
     num_iters: int = 30
     memory: float = 0.9  # weight of the sums of the step before
     threshold: float = FAINT
@@ -120,13 +122,13 @@ class EdgeEM:
         return step.sigma_t > self.sigma_on
 
     def program(self) -> Hashable:
-        return EdgeEM, tuple(self.k_start.shape), self.ridge, self.num_iters, self.memory, self.threshold
+        return EdgeEM, tuple(self.k_start.shape), self.edges, self.ridge, self.num_iters, self.memory, self.threshold
 
     def update(self, state: EdgeState, X: Tensor, observation: Observation, r2: Number) -> EdgeState:
         D = difference_spectra(observation.size, X)  # gradients are whiter: images have a power spectrum like 1 / f^2
         border = tuple(m // 2 for m in state.k.shape[-2:])
         X, linear = observation.for_kernel(X, ops.psf_to_otf(state.k, observation.size))
-        cross, energy = gradient_sums(X, linear, D, border)
+        cross, energy = gradient_sums(X, linear, D, border, self.edges)
         cross, energy = self.memory * state.cross + cross, self.memory * state.energy + energy
         k = fit_on_simplex(cross, energy, state.k, observation.size, self.ridge, self.num_iters)
         k = drop_faint(k, self.threshold)
@@ -139,16 +141,31 @@ class EdgeEM:
 
 
 def gradient_sums(
-    X: Tensor, observation: Observation, D: tuple[Tensor, Tensor], border: tuple[int, int]
+    X: Tensor, observation: Observation, D: tuple[Tensor, Tensor], border: tuple[int, int], edges: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`ops.spectral_sums` of the gradients of x and y; on a canvas, those of x at least `border` inside the image."""
-    inside = None if observation.canvas is None else observation.canvas.inside(border, observation.y)
+    """`ops.spectral_sums` of the gradients of the luminance of x and y.
+
+    Only this part of the gradients of each x, `edges`, the largest, counts: 1 is all of them. On a canvas only those at
+    least `border` inside the image do.
+    """
+    X, Y = X.mean(dim=2, keepdim=True), observation.Y.mean(dim=1, keepdim=True)
+    gradients = [torch.fft.irfft2(difference * X, s=observation.size) for difference in D]
+    strength = sum(g.square() for g in gradients)  # (B, n, 1, H, W)
+    teaches = torch.ones_like(strength)
+    if observation.canvas is not None:
+        teaches = teaches * observation.canvas.inside(border, observation.y)
+        strength = strength * teaches
+    if edges < 1:
+        height, width = observation.size
+        if observation.canvas is not None:
+            height, width = (max(n - 2 * b, 0) for n, b in zip(observation.canvas.image, border, strict=True))
+        count = max(round(edges * height * width), 1)
+        ranked = strength.flatten(2)
+        least = ranked.kthvalue(ranked.shape[-1] - count + 1, dim=-1).values
+        teaches = teaches * (strength >= least[..., None, None, None])
     cross = energy = 0
-    for difference in D:
-        G = difference * X
-        if inside is not None:
-            G = torch.fft.rfft2(torch.fft.irfft2(G, s=observation.size) * inside)
-        sums = ops.spectral_sums(G, difference * observation.Y)
+    for difference, g in zip(D, gradients, strict=True):
+        sums = ops.spectral_sums(torch.fft.rfft2(g * teaches), difference * Y)
         cross, energy = cross + sums[0], energy + sums[1]
     return cross, energy
 

@@ -26,7 +26,7 @@ from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
 from fastem.ops.backend import Backend, use_backend
 from fastem.samplers import DDPM, Eager, KernelEstimator, PhiloxNoise, PlugAndPlay, Renoise, Rule, Sample, sample
-from fastem.schedules import Schedule
+from fastem.schedules import Schedule, Step
 from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit_kernels
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
@@ -38,11 +38,13 @@ NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the 
 SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes minutes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
 NOISE_AGREES = 1.06  # ratio of two noise levels: the kernel's view of it is 1 to 5 % high, the blind estimate better
+SEARCH_SIGMA_MIN = 0.2  # the same for the search: below, x0_hat is what the present kernel makes of y
 INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 CHI2_GOOD = 1.2  # a kernel that leaves more residual than this, in units of the noise, is searched for again
 CHI2_UNEXPLAINED = 1.4  # a doubtful image that no kernel explains better than this has no blur
-SHARP_WIDTH = 2.2  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
+SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
+NARROW_WIDTH, NARROW_PEAK = 2.2, 0.25  # nor has one with edges and a kernel as narrow, by the largest value of that
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens edges
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
@@ -54,12 +56,15 @@ STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), 
 class Effort:
     """What a preset spends on an image."""
 
-    rounds: int  # runs that look for the kernel
+    inflations: tuple[float, ...]  # of sigma in each run that looks for the kernel: its error counts as noise, and falls
     search_steps: int  # reverse steps of each
     steps: int  # of the run that restores with it; the default of `steps`
 
 
-EFFORTS = {"exact": Effort(rounds=3, search_steps=9, steps=12), "turbo": Effort(rounds=2, search_steps=8, steps=10)}
+EFFORTS = {
+    "exact": Effort(inflations=(INFLATION, 1.5, 1.2), search_steps=9, steps=12),
+    "turbo": Effort(inflations=(INFLATION, 1.2), search_steps=8, steps=10),
+}
 
 
 class Method(StrEnum):
@@ -613,7 +618,7 @@ class Deblurrer:
             if on_step is not None:
                 search = self.steps
                 if self.m_step == "edges":
-                    search = self.effort.rounds * min(self.effort.search_steps, self.steps)
+                    search = len(self.effort.inflations) * min(self.effort.search_steps, self.steps)
                 ahead = search * math.ceil(len(trace) / search) if searched is None else searched
                 on_step(len(trace), len(schedule) + ahead)
 
@@ -691,27 +696,28 @@ class Deblurrer:
         if bool(sharp.all()):
             return delta_kernel(len(y), ksize).to(y), sharp, window.sigma
         canvas = window.canvas or Canvas(*window.size, window.size)
-        schedule = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SIGMA_MIN)
+        schedule = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SEARCH_SIGMA_MIN)
         light = denoised.clamp(min=0) ** observation.gamma
         found = delta_kernel(len(y), ksize).to(y)
         best, level = torch.full((len(y),), math.inf, device=y.device), window.sigma
         for search in STARTS:
             k = search(light, ksize, window.canvas, window.seen)
-            for run in range(1, self.effort.rounds + 1):
+            for run, inflation in enumerate(self.effort.inflations, 1):
                 noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]), run)
-                estimator = EdgeEM(k)
-                drawn = self._draw(model, window, estimator, PosteriorMean(INFLATION), schedule, noise_, record)
+                guide, last = PosteriorMean(inflation), _LastStep(record)
+                drawn = self._draw(model, window, EdgeEM(k), guide, schedule, noise_, last)
                 k = centre_by_pixels(drawn.kernel)
             chi2 = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y))
             better = ~(best <= CHI2_GOOD) & (chi2 < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
             best = torch.where(better, chi2, best)
-            X, K = torch.fft.rfft2(drawn.images), ops.psf_to_otf(drawn.kernel, window.size)
+            X, K = torch.fft.rfft2(last.x0_hat), ops.psf_to_otf(drawn.kernel, window.size)
             level = torch.where(better, noise_level(window, X, K), level)
             if bool((best <= CHI2_GOOD).all()) or observation.y[0].numel() > SEARCH_AGAIN:
                 break
         least, offset, slope = DOUBTFUL_WIDTH
         sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_UNEXPLAINED)
+        sharp |= (widths < NARROW_WIDTH) & (found.amax(dim=(1, 2, 3)) > NARROW_PEAK)
         return found, sharp, level
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
@@ -799,6 +805,19 @@ class Deblurrer:
             [],
             ["W_NO_INFORMATION: the image is constant"],
         )
+
+
+@dataclass
+class _LastStep:
+    """Passes steps on, and keeps x0_hat of the last: the image as the prior sees it, before y has its say."""
+
+    record: Any
+    x0_hat: Tensor | None = None
+
+    def __call__(self, step: Step, x0_hat: Tensor, k: Tensor) -> None:
+        self.record(step, x0_hat, k)
+        if step.index == 0:
+            self.x0_hat = x0_hat.clone()
 
 
 def _rule(guide: Guidance) -> Rule:

@@ -129,6 +129,29 @@ def test_gradients_outside_the_photo_teach_nothing():
     assert (whole[0] - whole[1]).abs().max() > whole[0].abs().max()
 
 
+@pytest.mark.parametrize("canvas", [None, Canvas(32, 32, (24, 20))], ids=["circular", "canvas"])
+def test_only_the_strongest_edges_teach(canvas):
+    """A tenth of the pixels that may teach; each particle chooses its own."""
+    x = torch.stack([picture(1)[0], picture(2)[1]])[None]  # two particles of one image
+    x = x + 0.01 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))  # no two gradients are alike
+    observation = Observation.of(picture(1), 0.01, canvas)
+    D = difference_spectra((32, 32), spectrum(x))
+    cross, energy = gradient_sums(torch.fft.rfft2(x), observation, D, (3, 4), 0.1)
+    inside = torch.ones(32, 32) if canvas is None else canvas.inside((3, 4), x)
+    gray, y, expected = x.mean(dim=2), observation.y.mean(dim=1), 0
+    gradients = torch.stack([gray.roll(-1, -2) - gray, gray.roll(-1, -1) - gray])
+    strength = gradients.square().sum(dim=0) * inside
+    for n in range(2):
+        order = strength[0, n].flatten().argsort(descending=True)
+        teaches = torch.zeros(32 * 32)
+        teaches[order[: round(0.1 * int(inside.sum()))]] = 1
+        g = torch.fft.rfft2(gradients[:, 0, n] * teaches.view(32, 32))
+        gy = torch.fft.rfft2(torch.stack([y[0].roll(-1, -2) - y[0], y[0].roll(-1, -1) - y[0]]))
+        expected = expected + torch.stack([(g.conj() * gy).sum(dim=0), (g.abs() ** 2).sum(dim=0).to(g)])
+    for found, wanted in zip((cross[0, 0], energy[0, 0].to(cross)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
 def test_nothing_finite_keeps_the_kernel(native_backend):
     x, k = picture(2), kernels(2)
     observation, estimator = Observation.of(blur(x, k), 0.01), EdgeEM(k)
