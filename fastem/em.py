@@ -126,9 +126,10 @@ class EdgeEM:
 
     def update(self, state: EdgeState, X: Tensor, observation: Observation, r2: Number) -> EdgeState:
         D = difference_spectra(observation.size, X)  # gradients are whiter: images have a power spectrum like 1 / f^2
-        border = tuple(m // 2 for m in state.k.shape[-2:])
-        X, linear = observation.for_kernel(X, ops.psf_to_otf(state.k, observation.size))
-        cross, energy = gradient_sums(X, linear, D, border, self.edges)
+        border = tuple(m // 4 for m in state.k.shape[-2:])
+        K = ops.psf_to_otf(state.k, observation.size)
+        X, linear = observation.for_kernel(X, K)
+        cross, energy = gradient_sums(X, linear, K, D, border, self.edges)
         cross, energy = self.memory * state.cross + cross, self.memory * state.energy + energy
         k = fit_on_simplex(cross, energy, state.k, observation.size, self.ridge, self.num_iters)
         k = drop_faint(k, self.threshold)
@@ -141,31 +142,35 @@ class EdgeEM:
 
 
 def gradient_sums(
-    X: Tensor, observation: Observation, D: tuple[Tensor, Tensor], border: tuple[int, int], edges: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    X: Tensor, observation: Observation, K: Tensor, D: tuple[Tensor, Tensor], border: tuple[int, int],
+    edges: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ops.spectral_sums` of the gradients of the luminance of x and y.
 
-    Only this part of the gradients of each x, `edges`, the largest, counts: 1 is all of them. On a canvas only those at
-    least `border` inside the image do.
+    Only this part of the gradients of each x, `edges`, the largest, teaches: 1 is all of them. On a canvas only those
+    at least `border` inside the image do; what the others leave in y is what the present kernel, `K` `(B, 1, H, W')`,
+    makes of them, and so is y where it was not measured.
     """
+    canvas = observation.canvas
     X, Y = X.mean(dim=2, keepdim=True), observation.Y.mean(dim=1, keepdim=True)
     gradients = [torch.fft.irfft2(difference * X, s=observation.size) for difference in D]
     strength = sum(g.square() for g in gradients)  # (B, n, 1, H, W)
-    teaches = torch.ones_like(strength)
-    if observation.canvas is not None:
-        teaches = teaches * observation.canvas.inside(border, observation.y)
-        strength = strength * teaches
+    teaches, (height, width) = torch.ones_like(strength), observation.size
+    if canvas is not None:
+        inside = canvas.inside(border, observation.y)
+        teaches, strength = teaches * inside, strength * inside
+        height, width = (max(n - 2 * b, 0) for n, b in zip(canvas.image, border, strict=True))
+        Y = torch.fft.rfft2(canvas.fill(torch.fft.irfft2(Y, s=observation.size), K * X.mean(dim=1)))
     if edges < 1:
-        height, width = observation.size
-        if observation.canvas is not None:
-            height, width = (max(n - 2 * b, 0) for n, b in zip(observation.canvas.image, border, strict=True))
-        count = max(round(edges * height * width), 1)
-        ranked = strength.flatten(2)
+        ranked, count = strength.flatten(2), max(round(edges * height * width), 1)
         least = ranked.kthvalue(ranked.shape[-1] - count + 1, dim=-1).values
         teaches = teaches * (strength >= least[..., None, None, None])
     cross = energy = 0
     for difference, g in zip(D, gradients, strict=True):
-        sums = ops.spectral_sums(torch.fft.rfft2(g * teaches), difference * Y)
+        R = difference * Y
+        if canvas is not None:
+            R = R - K * torch.fft.rfft2((g * (1 - inside)).mean(dim=1))
+        sums = ops.spectral_sums(torch.fft.rfft2(g * teaches), R)
         cross, energy = cross + sums[0], energy + sums[1]
     return cross, energy
 

@@ -47,8 +47,8 @@ class CoarseToFine:
         Args:
             y: `(B, C, H, W)` in [0, 1], periodic, with as little noise as possible.
             kernel_size: (h, w) of the support; no larger than the image.
-            canvas: where y was measured, if it is not periodic: the rest is filled by the fitted images, and only
-                gradients whose blur was seen in full teach the kernel.
+            canvas: where y was measured, if it is not periodic: the rest is filled by the fitted images, and gradients
+                near the border teach nothing.
             seen: like y, 0 for pixels of y that are wrong (saturated): they are filled like the margin.
             start: `(B, 1, h, w)`, kernels that are nearly right: the search begins with them at half the resolution.
 
@@ -78,25 +78,27 @@ class CoarseToFine:
     def _alternate(
         self, y: Tensor, k: Tensor, shape: tuple[int, int], canvas: Canvas | None, unsaturated: Tensor | None = None
     ) -> Tensor:
-        measured = seen = None
+        measured = inside = None
         if canvas is not None:
             border = tuple(
-                max(n // 2 for n in k.shape[-2:]) * m // s
+                max(n // 2 for n in k.shape[-2:]) * m // (2 * s)
                 for m, s in zip((canvas.height, canvas.width), shape, strict=True)
             )
-            measured, seen = (F.interpolate(canvas.inside(b, y)[None, None], size=shape) for b in ((0, 0), border))
+            measured, inside = (F.interpolate(canvas.inside(b, y)[None, None], size=shape) for b in ((0, 0), border))
         if unsaturated is not None:  # a coarse pixel counts if all of it does
             whole = 1 - F.adaptive_max_pool2d(1 - unsaturated, shape)
             measured = whole if measured is None else measured * whole
-        Y, sparsity = torch.fft.rfft2(y), self.sparsity
+        Y, sparsity, D = torch.fft.rfft2(y), self.sparsity, difference_spectra(shape, y)
         for _ in range(self.num_iters):
             K = ops.psf_to_otf(k, shape)
-            X, Gy, Gx = self._sparse_gradients(Y, K, sparsity, shape)
-            if seen is not None:
-                Gy, Gx = (torch.fft.rfft2(torch.fft.irfft2(G, s=shape) * seen) for G in (Gy, Gx))
+            X, *G = self._sparse_gradients(Y, K, sparsity, shape)
             if measured is not None:
                 Y = torch.fft.rfft2(torch.where(measured > 0, y, torch.fft.irfft2(K * X, s=shape)))
-            k = self._fit(Gy, Gx, Y, k, shape)
+            R = [difference * Y for difference in D]
+            if inside is not None:  # gradients near the border teach nothing: the present kernel explains them
+                outer = [torch.fft.rfft2(torch.fft.irfft2(g, s=shape) * (1 - inside)) for g in G]
+                G, R = [g - o for g, o in zip(G, outer, strict=True)], [r - K * o for r, o in zip(R, outer, strict=True)]
+            k = self._fit(G, R, k, shape)
             sparsity = max(sparsity / self.sparsity_decay, self.sparsity_min)
         return k
 
@@ -114,11 +116,10 @@ class CoarseToFine:
                 return X, Gy, Gx
             X = (data + coupling / 2 * (Dy.conj() * Gy + Dx.conj() * Gx)) / (K2 + coupling / 2 * D2)
 
-    def _fit(self, Gy: Tensor, Gx: Tensor, Y: Tensor, k: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The kernel that best turns the sparse gradients into those of y; the old one where there are no gradients."""
-        Dy, Dx = difference_spectra(shape, Y)
-        energy = Gy.real**2 + Gy.imag**2 + Gx.real**2 + Gx.imag**2
-        cross = Gy.conj() * (Dy * Y) + Gx.conj() * (Dx * Y)
+    def _fit(self, G: list[Tensor], R: list[Tensor], k: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The kernel that best turns the sparse gradients G into R, those of y; the old one without gradients."""
+        energy = sum(g.real**2 + g.imag**2 for g in G)
+        cross = sum(g.conj() * r for g, r in zip(G, R, strict=True))
         fitted = fit_on_simplex(cross, energy, k, shape, self.ridge, self.solver_iters)
         fitted = centre_by_pixels(drop_faint(fitted, self.threshold))
         good = torch.isfinite(fitted).all(dim=-1).all(dim=-1)[..., None, None]

@@ -113,19 +113,23 @@ def test_edge_em_finds_the_kernel_of_a_sharp_image(canvas):
 
 
 def test_gradients_outside_the_photo_teach_nothing():
+    """They are not in the energy; and where the kernel is right they leave nothing in y, so that it stays."""
     canvas, D = Canvas(32, 32, (24, 20)), difference_spectra((32, 32), spectrum(picture(1)))
-    x = picture(1)
+    x, k = picture(1), kernels(1)
     elsewhere = x.clone()
     outside = canvas.inside((3, 4), x) == 0
     outside &= outside.roll(-1, 0) & outside.roll(-1, 1)  # forward differences look one pixel ahead
     outside &= outside.roll(1, 0) & outside.roll(1, 1)
     elsewhere[..., outside] = 7.0
-    observation = Observation.of(canvas.extend(canvas.crop(x)), 0.01, canvas)
-    a, b = (gradient_sums(spectrum(t), observation, D, (3, 4)) for t in (x, elsewhere))
-    for one, other in zip(a, b, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
-    circular = Observation.of(observation.y, 0.01)
-    whole = [gradient_sums(spectrum(t), circular, D, (3, 4))[1] for t in (x, elsewhere)]
+    K = ops.psf_to_otf(k, (32, 32))
+    inner, whole = [], []
+    for image in (x, elsewhere):
+        observation = Observation.of(canvas.extend(canvas.crop(blur(image, k))), 0.01, canvas)
+        cross, energy = gradient_sums(spectrum(image), observation, K, D, (3, 4))
+        torch.testing.assert_close(cross, K * energy, rtol=0, atol=2e-5 * float(cross.abs().max()))
+        inner.append(energy)
+        whole.append(gradient_sums(spectrum(image), Observation.of(observation.y, 0.01), K, D, (3, 4))[1])
+    torch.testing.assert_close(*inner, rtol=0, atol=1e-3 * float(inner[0].abs().max()))
     assert (whole[0] - whole[1]).abs().max() > whole[0].abs().max()
 
 
@@ -136,9 +140,10 @@ def test_only_the_strongest_edges_teach(canvas):
     x = x + 0.01 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))  # no two gradients are alike
     observation = Observation.of(picture(1), 0.01, canvas)
     D = difference_spectra((32, 32), spectrum(x))
-    cross, energy = gradient_sums(torch.fft.rfft2(x), observation, D, (3, 4), 0.1)
-    inside = torch.ones(32, 32) if canvas is None else canvas.inside((3, 4), x)
-    gray, y, expected = x.mean(dim=2), observation.y.mean(dim=1), 0
+    nowhere = torch.zeros(1, 1, 32, 17)  # a kernel that explains nothing
+    cross, energy = gradient_sums(torch.fft.rfft2(x), observation, nowhere, D, (3, 4), 0.1)
+    inside, seen = (torch.ones(32, 32) if canvas is None else canvas.inside(b, x) for b in ((3, 4), (0, 0)))
+    gray, y, expected = x.mean(dim=2), observation.y.mean(dim=1) * seen, 0
     gradients = torch.stack([gray.roll(-1, -2) - gray, gray.roll(-1, -1) - gray])
     strength = gradients.square().sum(dim=0) * inside
     for n in range(2):
