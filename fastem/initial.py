@@ -97,7 +97,8 @@ class CoarseToFine:
             R = [difference * Y for difference in D]
             if inside is not None:  # gradients near the border teach nothing: the present kernel explains them
                 outer = [torch.fft.rfft2(torch.fft.irfft2(g, s=shape) * (1 - inside)) for g in G]
-                G, R = [g - o for g, o in zip(G, outer, strict=True)], [r - K * o for r, o in zip(R, outer, strict=True)]
+                G = [g - o for g, o in zip(G, outer, strict=True)]
+                R = [r - K * o for r, o in zip(R, outer, strict=True)]
             k = self._fit(G, R, k, shape)
             sparsity = max(sparsity / self.sparsity_decay, self.sparsity_min)
         return k
