@@ -41,8 +41,8 @@ NOISE_AGREES = 1.06  # ratio of two noise levels: the kernel's view of it is 1 t
 SEARCH_SIGMA_MIN = 0.2  # the same for the search: below, x0_hat is what the present kernel makes of y
 INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
-CHI2_GOOD = 1.0  # a kernel whose search leaves more residual, in units of the noise, is searched for again: at the level
-# where the search ends x follows y closely, and a good kernel leaves 0.5 to 0.98
+# At the noise where the search ends x follows y closely: a good kernel leaves 0.5 to 0.98.
+CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in units of the noise, is searched for again
 CHI2_UNEXPLAINED = 1.4  # a doubtful image that no kernel explains better than this has no blur
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 NARROW_WIDTH, NARROW_PEAK = 2.2, 0.25  # nor has one with edges and a kernel as narrow, by the largest value of that
