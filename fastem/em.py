@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastem import ops
-from fastem.guidance import Error, Guidance, Number, default_r2
+from fastem.guidance import ErrorLaw, Guidance, Number, default_r2
 from fastem.initial import FAINT, difference_spectra, drop_faint, fit_on_simplex
 from fastem.mstep import KernelPrior, mstep, mstep_from_sums
 from fastem.operators import Observation
@@ -147,9 +147,9 @@ def gradient_sums(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ops.spectral_sums` of the gradients of the luminance of x and y.
 
-    Only this part of the gradients of each x, `edges`, the largest, teaches: 1 is all of them. On a canvas only those
-    at least `border` inside the image do; what the others leave in y is what the present kernel, `K` `(B, 1, H, W')`,
-    makes of them, and so is y where it was not measured.
+    Only the largest gradients of each x teach, `edges` of their number: 1 is all of them. On a canvas they lie at least
+    `border` inside the image; the present kernel, K `(B, 1, H, W')`, explains the others, and y where it was not
+    measured.
     """
     canvas = observation.canvas
     X, Y = X.mean(dim=2, keepdim=True), observation.Y.mean(dim=1, keepdim=True)
@@ -160,7 +160,8 @@ def gradient_sums(
         inside = canvas.inside(border, observation.y)
         teaches, strength = teaches * inside, strength * inside
         height, width = (max(n - 2 * b, 0) for n, b in zip(canvas.image, border, strict=True))
-        Y = torch.fft.rfft2(canvas.fill(torch.fft.irfft2(Y, s=observation.size), K * X.mean(dim=1)))
+        y, predicted = (torch.fft.irfft2(F, s=observation.size) for F in (Y, K * X.mean(dim=1)))
+        Y = torch.fft.rfft2(torch.where(canvas.inside((0, 0), y) > 0, y, predicted))
     if edges < 1:
         ranked, count = strength.flatten(2), max(round(edges * height * width), 1)
         least = ranked.kthvalue(ranked.shape[-1] - count + 1, dim=-1).values
@@ -224,7 +225,7 @@ def delta_kernel(batch: int, size: tuple[int, int]) -> Tensor:
 def diffusion_em(
     model: nn.Module, observation: Observation, guidance: Guidance, schedule: Schedule, *, prior: KernelPrior,
     kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = 10, beta: float = 1e5,
-    num_iters: int = 10, compat: str = "paper", rule: Rule = DDPM(), r2: Error = default_r2,  # noqa: B008  (frozen)
+    num_iters: int = 10, compat: str = "paper", rule: Rule = DDPM(), r2: ErrorLaw = default_r2,  # noqa: B008  (frozen)
     execute: Execute = Eager, on_round: Callable[[int, Sample, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Diffusion EM, Algorithm A.1: posterior samples with the current kernel, then one M-step on them, L times.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastem import io, noise, ops, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, noise_level
-from fastem.guidance import DPS, Error, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
+from fastem.guidance import DPS, ErrorLaw, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
 from fastem.initial import CoarseToFine, centre_by_pixels, drop_faint, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
@@ -37,15 +37,15 @@ TIGHT_TILE = 256  # pixels: side of the tiles where memory has ended
 NOT_FINITE = "the restoration is not finite; try another seed, --sigma with the true noise level, or --guidance mean"
 SEARCH_AGAIN = 6_000_000  # values: larger images get one search, as a run takes minutes
 SIGMA_MAX, SIGMA_MIN = 1.0, 0.02  # noise levels, relative to [-1, 1], between which the short schedule runs
+SEARCH_SIGMA_MIN = 0.2  # where it ends for the search: below, x0_hat is what the present kernel makes of y
 NOISE_AGREES = 1.06  # ratio of two noise levels: the kernel's view of it is 1 to 5 % high, the blind estimate better
-SEARCH_SIGMA_MIN = 0.2  # the same for the search: below, x0_hat is what the present kernel makes of y
-INFLATION = 2.0  # of sigma while the kernel is searched for: its error counts as noise
+INFLATION = 2.0  # of sigma with a kernel that is a first guess: its error counts as noise
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 # At the noise where the search ends x follows y closely: a good kernel leaves 0.5 to 0.98.
 CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in units of the noise, is searched for again
 CHI2_UNEXPLAINED = 1.4  # a doubtful image that no kernel explains better than this has no blur
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
-NARROW_WIDTH, NARROW_PEAK = 2.2, 0.25  # nor has one with edges and a kernel as narrow, by the largest value of that
+NARROW_WIDTH, NARROW_PEAK = 2.2, 0.25  # nor has one with edges below this width and a kernel with more in one pixel
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens it
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
@@ -825,7 +825,7 @@ def _rule(guide: Guidance) -> Rule:
     return DDPM() if guide.jacobian else Renoise()
 
 
-def _r2(guide: Guidance, model: torch.nn.Module) -> Error:
+def _r2(guide: Guidance, model: torch.nn.Module) -> ErrorLaw:
     return model.error_spectrum if isinstance(guide, PiGDM) else default_r2
 
 

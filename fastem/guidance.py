@@ -22,7 +22,7 @@ Number = float | Tensor  # on the host, or 0-dim on a device
 IMPUTATIONS = 3  # rounds of EM over pixels that were not measured, per step
 
 Variance = Callable[[float], float]  # sigma_t -> r^2, the mean squared error of x0_hat; both in [-1, 1] units
-Error = Callable[[float], float | ErrorSpectrum]  # the same of each frequency; a number is that of all
+ErrorLaw = Callable[[float], float | ErrorSpectrum]  # the same of each frequency; a number is that of all
 
 
 def default_r2(sigma_t: float) -> float:
@@ -92,13 +92,13 @@ class PiGDM:
     def seen(self, x0_hat: Tensor) -> Tensor:
         return x0_hat
 
-    def r2(self, step: Step, r2: Error) -> float | ErrorSpectrum:
+    def r2(self, step: Step, r2: ErrorLaw) -> float | ErrorSpectrum:
         """r_t^2 in [0, 1] units."""
         if self.compat == "released":
             return step.posterior_variance / (1 + step.posterior_variance)
         return in_unit_range(r2(step.sigma_t))
 
-    def gain(self, step: Step, r2: Error) -> float:
+    def gain(self, step: Step, r2: ErrorLaw) -> float:
         """Weight of the pulled-back direction, a gradient with respect to x_t of `<v, x0_hat>` in [0, 1]."""
         if self.compat == "released":
             return math.sqrt(step.alpha_bar) * self.r2(step, r2) * math.sqrt(1 / (1 + step.posterior_variance)) * 0.5
@@ -126,11 +126,11 @@ class DPS:
         """What is compared with y, and what the M-step gets."""
         return 2 * x0_hat - 1 if self.compat == "released" else x0_hat
 
-    def r2(self, step: Step, r2: Error) -> float:
+    def r2(self, step: Step, r2: ErrorLaw) -> float:
         """DPS takes x0_hat for exact."""
         return 0.0
 
-    def gain(self, step: Step, r2: Error) -> float:
+    def gain(self, step: Step, r2: ErrorLaw) -> float:
         return math.sqrt(step.alpha_bar)  # zeta
 
     def direction(self, X: Tensor, K: Tensor, observation: Observation, r2: Number) -> Tensor:
@@ -155,7 +155,7 @@ class PosteriorMean:
     def seen(self, x0_hat: Tensor) -> Tensor:
         return x0_hat
 
-    def r2(self, step: Step, r2: Error) -> float | ErrorSpectrum:
+    def r2(self, step: Step, r2: ErrorLaw) -> float | ErrorSpectrum:
         """r_t^2 in [0, 1] units."""
         return in_unit_range(r2(step.sigma_t))
 

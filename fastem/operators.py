@@ -34,10 +34,6 @@ class Canvas:
         y = _join_ends(y, self.height - self.image[0], dim=-2)
         return _join_ends(y, self.width - self.image[1], dim=-1)
 
-    def fill(self, y: Tensor, predicted: Tensor) -> Tensor:
-        """y `(..., height, width)`, and outside the image, where it was not measured, a prediction: its spectrum."""
-        return torch.where(self.inside((0, 0), y) > 0, y, torch.fft.irfft2(predicted, s=tuple(y.shape[-2:])))
-
     def crop(self, x: Tensor) -> Tensor:
         return x[..., : self.image[0], : self.image[1]]
 

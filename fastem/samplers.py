@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastem import ops, ranges
-from fastem.guidance import Error, Guidance, Number, Variance, default_r2
+from fastem.guidance import ErrorLaw, Guidance, Number, Variance, default_r2
 from fastem.models import ErrorSpectrum
 from fastem.operators import Observation
 from fastem.schedules import Schedule, Step
@@ -165,7 +165,7 @@ class StepConstants(NamedTuple):
 
     @classmethod
     def of(
-        cls, step: Step, guidance: Guidance, rule: Rule, r2: Error, error: Variance | None = None
+        cls, step: Step, guidance: Guidance, rule: Rule, r2: ErrorLaw, error: Variance | None = None
     ) -> StepConstants:
         """`r2` and `error` as in `sample`."""
         gain = guidance.gain(step, r2) if guidance.jacobian else 0.0
@@ -273,7 +273,7 @@ Execute = Callable[[StepBody, Observation, object, Tensor, Sequence[StepConstant
 
 def sample(
     model: nn.Module, observation: Observation, estimator: KernelEstimator, guidance: Guidance, schedule: Schedule,
-    *, noise: Noise | None, rule: Rule = DDPM(), r2: Error = default_r2, error: Variance | None = None,
+    *, noise: Noise | None, rule: Rule = DDPM(), r2: ErrorLaw = default_r2, error: Variance | None = None,
     x_start: Tensor | None = None, vjp_down_to: float = 0.0, execute: Execute = Eager,
     on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
