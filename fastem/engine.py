@@ -64,7 +64,7 @@ class Effort:
 
 EFFORTS = {
     "exact": Effort(inflations=(INFLATION, 1.5, 1.2), search_steps=9, steps=12),
-    "turbo": Effort(inflations=(INFLATION, 1.2), search_steps=8, steps=10),
+    "turbo": Effort(inflations=(INFLATION, 1.2), search_steps=9, steps=10),
 }
 
 
@@ -252,8 +252,8 @@ class Deblurrer:
         device, backend: where and how it runs; see `fastem doctor`.
         precision: of the network's body, `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` is fp16 on a GPU, fp32 on a CPU.
             States, guidance and M-step are float32 always.
-        preset: `"exact"`, or `"turbo"`: fewer steps and rounds, within 0.1 dB and 1.1 times the kernel error on test
-            images (docs/architecture.md).
+        preset: `"exact"`, or `"turbo"`: fewer steps and rounds, about 0.1 dB less and 1.04 times the kernel error on
+            test images (docs/architecture.md).
 
     Raises:
         ValueError: for an unknown option, naming what is allowed.
