@@ -37,6 +37,7 @@ class Problem:
         x: `(H, W, 3)`, the sharp image at the pixels of y, or None. Only estimators of the kernel look at it.
         seed: of whatever is drawn.
         lossy: whether y went through JPEG or the like; None: not known.
+        quantization: `(8, 8)`, the steps of the luminance where y is from a JPEG, whose blocks start at its first pixel.
         border: pixels at each side that depend on what lies outside the sharp image: not scored.
     """
 
@@ -48,6 +49,7 @@ class Problem:
     x: np.ndarray | None = None
     seed: int = 0
     lossy: bool | None = None
+    quantization: np.ndarray | None = None
     border: int = 0
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from fastem import metrics
 from fastem.baselines import BASELINES, Problem
 from fastem.cli.main import run as command
+from fastem.engine import LOSSY_SIGMA, Deblurrer
 from fastem.evaluation import (
     Evaluation,
     NetworkCounter,
@@ -326,7 +327,31 @@ def test_sources_of_pairs(tmp_path):
     np.testing.assert_allclose(published.y, x.transpose(1, 2, 0), atol=1e-6)  # the sum of the kernel taken out
     assert published.sigma == pytest.approx(0.032) and published.kernel.sum() == pytest.approx(1, abs=1e-6)
     assert gopro.kernel is None and gopro.x is not None and gopro.lossy is False
-    assert photo.x is None and photo.lossy is True
+    assert photo.x is None and photo.lossy is True and photo.quantization.shape == (8, 8)
+
+
+def test_crops_of_a_jpeg_start_at_its_blocks(tmp_path):
+    (tmp_path / "blurred_real").mkdir()
+    pixels = scene(64, 1)[:, :59]
+    Image.fromarray(pixels).save(tmp_path / "blurred_real" / "a.jpg")
+    Image.fromarray(pixels).save(tmp_path / "blurred_real" / "b.png")
+    table = {"cases": [{"source": "photos", "crop": 40}], "methods": {"a": {"kind": "l0-map"}}}
+    lossy, exact = (case.load() for case in list_cases(parse_protocol(table, "p"), tmp_path))
+    stored = np.asarray(Image.open(tmp_path / "blurred_real" / "a.jpg"))
+    np.testing.assert_array_equal(np.rint(255 * lossy.y), stored[8:48, 8:48])  # the middle starts at (12, 9)
+    np.testing.assert_array_equal(np.rint(255 * exact.y), pixels[12:52, 9:49])
+
+
+def test_photos_are_restored_as_by_deblur(tmp_path, prior):
+    (tmp_path / "blurred_real").mkdir()
+    file = tmp_path / "blurred_real" / "a.jpg"
+    Image.fromarray(scene(64, 1)).save(file, quality=20)
+    case = {"source": "photos", "size": 5}
+    protocol = parse_protocol({"cases": [case], "methods": {"blind": {"options": {"steps": 2}}}}, "p")
+    (row,) = Evaluation(protocol, tmp_path, tmp_path / "out", prior=str(prior)).run()
+    engine = Deblurrer(str(prior), steps=2, kernel_size=5)
+    assert row["sigma_used"] == pytest.approx(255 * engine(file).sigma)
+    assert row["sigma_used"] > 255 * LOSSY_SIGMA + 0.5  # what the table says, not the floor
 
 
 def test_random_objects_in_arrays_are_not_unpickled(tmp_path):

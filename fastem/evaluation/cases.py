@@ -18,6 +18,7 @@ from fastem import io, synth
 from fastem.baselines import Problem
 from fastem.evaluation.protocol import Protocol, ProtocolError
 
+JPEG_BLOCK = 8  # pixels
 DRAWN = 7_000_000  # seeds of the random kernels of evaluations start here, far from those of training and tests
 
 
@@ -188,7 +189,8 @@ def photos(
 
 def _load_photo(file: Path, size: int, number: int, crop: int) -> Problem:
     picture = io.read_image(file)
-    return Problem(_centre(_unit(picture), crop), (size, size), seed=number, lossy=picture.lossy)
+    y = _centre(_unit(picture), crop, JPEG_BLOCK if picture.lossy else 1)
+    return Problem(y, (size, size), seed=number, lossy=picture.lossy, quantization=picture.quantization)
 
 
 SOURCES: dict[str, Callable[..., Iterator[Case]]] = {
@@ -215,9 +217,9 @@ def _unit(picture: io.Picture) -> np.ndarray:
     return x if x.ndim == 3 else np.repeat(x[..., None], 3, axis=2)
 
 
-def _centre(x: np.ndarray, crop: int) -> np.ndarray:
-    """The middle `crop` x `crop` pixels, or what there is of them; 0 is all."""
+def _centre(x: np.ndarray, crop: int, grid: int = 1) -> np.ndarray:
+    """The middle `crop` x `crop` pixels, or what there is of them, from a multiple of `grid` on; 0 is all."""
     if not crop:
         return x
-    top, left = max((x.shape[0] - crop) // 2, 0), max((x.shape[1] - crop) // 2, 0)
+    top, left = (max((n - crop) // 2, 0) // grid * grid for n in x.shape[:2])
     return np.ascontiguousarray(x[top : top + crop, left : left + crop])

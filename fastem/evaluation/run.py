@@ -261,7 +261,7 @@ def _restore(engine: Deblurrer, method: Method, problem: Problem) -> tuple[Estim
         raise ValueError("this method is given the true kernel, and there is none")
     r = engine(
         problem.y, sigma=problem.sigma, seed=problem.seed, kernel=problem.kernel if method.known else None,
-        lossy=problem.lossy,
+        lossy=problem.lossy, quantization=problem.quantization,
     )  # fmt: skip
     mean = r.mean() if len(r.samples) > 1 else None
     return Estimate(np.asarray(r.image), r.kernel, mean, tuple(w.split(":")[0] for w in r.warnings)), r.sigma
