@@ -37,7 +37,7 @@ class Problem:
         x: `(H, W, 3)`, the sharp image at the pixels of y, or None. Only estimators of the kernel look at it.
         seed: of whatever is drawn.
         lossy: whether y went through JPEG or the like; None: not known.
-        quantization: `(8, 8)`, the steps of the luminance where y is from a JPEG, whose blocks start at its first pixel.
+        quantization: `(8, 8)`, the steps of the luminance of a JPEG whose blocks start at the first pixel of y.
         border: pixels at each side that depend on what lies outside the sharp image: not scored.
     """
 

@@ -16,7 +16,7 @@ from PIL import Image
 from fastem import metrics
 from fastem.baselines import BASELINES, Problem
 from fastem.cli.main import run as command
-from fastem.engine import LOSSY_SIGMA, Deblurrer
+from fastem.engine import LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer, Request
 from fastem.evaluation import (
     Evaluation,
     NetworkCounter,
@@ -352,6 +352,26 @@ def test_photos_are_restored_as_by_deblur(tmp_path, prior):
     engine = Deblurrer(str(prior), steps=2, kernel_size=5)
     assert row["sigma_used"] == pytest.approx(255 * engine(file).sigma)
     assert row["sigma_used"] > 255 * LOSSY_SIGMA + 0.5  # what the table says, not the floor
+
+
+@pytest.mark.parametrize("name, sigma", [("a.jpg", 0), ("b.png", 5)])
+def test_methods_of_a_case_share_the_noise_of_chi2(tmp_path, prior, monkeypatch, name, sigma):
+    folder = tmp_path / "blurred_real"
+    folder.mkdir()
+    y = scene(64, 1) + np.random.default_rng(0).normal(0, sigma, (64, 64, 3))
+    Image.fromarray(y.clip(0, 255).astype(np.uint8)).save(folder / name, quality=20)
+    methods = {"blind": {"options": {"steps": 2}}, "l0": {"kind": "l0-map"}}
+    protocol = parse_protocol({"cases": [{"source": "photos", "size": 5}], "methods": methods}, "p")
+    monkeypatch.setattr(metrics, "chi2", lambda y, x, kernel, sigma, border: sigma)
+    rows = list(Evaluation(protocol, tmp_path, tmp_path / "out", prior=str(prior)).run())
+    first = Deblurrer(str(prior), steps=2)._job(Request(folder / name), None).sigma  # before EM refines it
+    assert [row["chi2"] for row in rows] == pytest.approx([first, first])
+    assert rows[1]["sigma_used"] == pytest.approx(255 * first)
+
+
+def test_noise_of_chi2_where_it_is_known():
+    assert running.assumed_sigma(problem(sigma=0.02)) == 0.02
+    assert running.assumed_sigma(problem(sigma=0.0)) == SIGMA_FLOOR
 
 
 def test_random_objects_in_arrays_are_not_unpickled(tmp_path):

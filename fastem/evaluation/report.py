@@ -267,10 +267,11 @@ HOW_TO_READ = (
     "the input, and errors. Intervals: bootstrap over the images. PSNR-SA: of the mean of the "
     "particles. Relative kernel error: squared distance over squared norm, after the best shift (1 is no kernel at "
     "all); correlation: greatest normalised cross-correlation. chi²: mean squared residual of image and kernel over "
-    "the noise variance. Blur varies: images that no single blur explains (`W_VARYING`). SSIM: 11 x 11 Gaussian window "
-    "of std 1.5, mean over pixels and channels. Network "
-    "evaluations and gradients were counted on the network while it ran; FLOPs count multiplications and additions "
-    "apart. Columns `paper` quote published figures from other images and weights: they are no comparison."
+    "the variance of the noise, for all methods of a case the true one, or one estimate where it is not known. Blur "
+    "varies: images that no single blur explains (`W_VARYING`). SSIM: 11 x 11 Gaussian window of std 1.5, mean over "
+    "pixels and channels. Network evaluations and gradients were counted on the network while it ran; FLOPs count "
+    "multiplications and additions apart. Columns `paper` quote published figures from other images and weights: they "
+    "are no comparison."
 )
 
 

@@ -23,9 +23,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastem.ops
-from fastem import io, metrics, noise
+from fastem import io, metrics, noise, photo
 from fastem.baselines import BASELINES, Estimate, Problem
-from fastem.engine import Deblurrer
+from fastem.engine import JPEG_INFLATION, LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer
 from fastem.evaluation.cases import KEY, Case, list_cases, spread
 from fastem.evaluation.protocol import Method, Protocol, ProtocolError
 from fastem.io import FastemError
@@ -42,7 +42,6 @@ COLUMNS = (*ROW_KEY, *SCORES, *COSTS, "sigma_used", *TEXTS)
 FLUSH_SECONDS = 2.0
 MAX_SHIFT = 16  # pixels; larger images than 64 pixels are aligned within it
 MOST_SHEETS = 64
-LEAST_SIGMA = 0.5 / 255  # that baselines are given: the noise of 8-bit rounding
 
 Row = dict[str, Any]
 MetricPlugin = Callable[[np.ndarray | None, np.ndarray | None, np.ndarray], Mapping[str, float]]
@@ -111,12 +110,25 @@ def network_flops(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
 # ----------------------------------------------------------------------------------------------------------- scoring
 
 
+def assumed_sigma(problem: Problem) -> float:
+    """The noise that chi^2 is measured in and baselines are given, image units: the true one, or the estimate that the
+    engine starts from (`Deblurrer.__call__`), so that all methods of a case share it."""
+    if problem.sigma is not None:
+        return max(problem.sigma, SIGMA_FLOOR)
+    sigma = max(noise.estimate_sigma(problem.y), SIGMA_FLOOR)
+    if problem.lossy:
+        sigma = max(sigma, LOSSY_SIGMA)
+        if problem.quantization is not None:
+            sigma = max(sigma, JPEG_INFLATION * photo.jpeg_sigma(problem.y, problem.quantization))
+    return sigma
+
+
 def score(problem: Problem, estimate: Estimate, sigma: float, plugins: Mapping[str, MetricPlugin]) -> Row:
     """Every metric that truth and estimate allow; the others are absent.
 
     Raw metrics compare pixel by pixel. Aligned ones first take out shift and gain, which blind deconvolution cannot
     know (`fastem.metrics.align`), and leave out a border that depends on the outside. `gain` is the aligned PSNR over
-    that of the observation, aligned too.
+    that of the observation, aligned too. chi^2 is in units of `sigma`.
     """
     row: Row = {}
     x, y, image, kernel = problem.x, problem.y, estimate.image, estimate.kernel
@@ -244,8 +256,7 @@ class Contestants:
         if engine is not None:
             estimate, sigma = _restore(engine, method, problem)
         else:
-            if problem.sigma is None:
-                problem = replace(problem, sigma=max(noise.estimate_sigma(problem.y), LEAST_SIGMA))
+            problem = replace(problem, sigma=assumed_sigma(problem))
             estimate, sigma = BASELINES[method.kind](problem, **method.options), problem.sigma
         costs: Row = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         if engine is not None:
@@ -322,7 +333,8 @@ class Evaluation:
                     continue
                 if at is not case:
                     problem, at = case.load(), case
-                row = self._one(case, name, problem)
+                    sigma = assumed_sigma(problem)
+                row = self._one(case, name, problem, sigma)
                 self._mine.append(row)
                 if time.monotonic() - self._written > FLUSH_SECONDS:
                     self._flush()
@@ -339,12 +351,12 @@ class Evaluation:
             if name not in self._few or (case.source, case.number) in self._few[name]
         ]
 
-    def _one(self, case: Case, name: str, problem: Problem) -> Row:
+    def _one(self, case: Case, name: str, problem: Problem, sigma: float) -> Row:
         row: Row = dict(zip(ROW_KEY, (name, *case.key), strict=True))
         row["observation"] = hashlib.sha256(np.ascontiguousarray(problem.y).tobytes()).hexdigest()[:16]
         try:
-            estimate, sigma, costs = self._contestants.run(name, problem)
-            found = score(problem, estimate, sigma, self._plugins) | costs | {"sigma_used": 255 * sigma}
+            estimate, used, costs = self._contestants.run(name, problem)
+            found = score(problem, estimate, sigma, self._plugins) | costs | {"sigma_used": 255 * used}
             row |= {name: value for name, value in found.items() if value is not None}
             if estimate.warnings:
                 row["warnings"] = " ".join(estimate.warnings)
