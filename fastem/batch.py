@@ -39,11 +39,13 @@ MIN_SIDE = 8  # pixels
 SUFFIXES = {  # what `save` may name -> the files it gives
     "image": (".png",),
     "kernel": (".kernel.npy", ".kernel.png"),
+    "kernels": (".kernels.npy", ".kernels.png"),  # a grid of them, where the blur varies
     "mean": (".mean.png",),
     "std": (".std.png",),
     "sheet": (".sheet.png",),
     "json": (".json",),
 }
+DEFAULT_SAVE = ("image", "kernel", "kernels", "json")
 SHEET_HEIGHT = 1024  # pixels; before/after sheets are reduced to it
 LONGEST_NAME = 255  # bytes
 
@@ -64,7 +66,7 @@ class Item:
     stem: Path
 
     def outputs(self, save: Iterable[str]) -> dict[str, Path]:
-        """Suffix -> path, in the order in which they are published."""
+        """Suffix -> path of all that may be written, in the order in which they are published."""
         return {suffix: self.stem.with_name(self.stem.name + suffix) for kind in save for suffix in SUFFIXES[kind]}
 
 
@@ -83,7 +85,7 @@ class Outcome:
 
     Attributes:
         status: "done", "failed" or "skipped".
-        outputs: the files written, by suffix (".png", ".kernel.npy", ...).
+        outputs: the files there are, by suffix (".png", ".kernel.npy", ...).
         record: what the JSON holds.
         error: for a failure.
     """
@@ -111,7 +113,7 @@ def plan_files(
     paths: Iterable[str | os.PathLike],
     out: str | os.PathLike,
     *,
-    save: Collection[str] = ("image", "kernel", "json"),
+    save: Collection[str] = DEFAULT_SAVE,
     name_by: str = "stem",
 ) -> Plan:
     """Finds the inputs, names the outputs, and makes sure that the folder `out` can be written.
@@ -120,7 +122,7 @@ def plan_files(
         paths: files, taken whatever their name, and folders, of which the regular files with the suffix of a picture
             are taken (sorted by name; not recursively, hidden ones not).
         out: output folder; made where it does not exist. Neither an input folder nor inside one.
-        save: of "image", "kernel", "mean", "std", "sheet", "json".
+        save: of "image", "kernel", "kernels" (only where the blur varies), "mean", "std", "sheet", "json".
         name_by: "stem" names the outputs of `a.jpg` `a.png`, ...; "full" `a.jpg.png`, ....
 
     Raises:
@@ -230,7 +232,7 @@ def deblur_files(
     engine: Callable[..., Any],
     out: str | os.PathLike,
     *,
-    save: Collection[str] = ("image", "kernel", "json"),
+    save: Collection[str] = DEFAULT_SAVE,
     name_by: str = "stem",
     **options: Any,
 ) -> Iterator[Outcome]:
@@ -301,6 +303,8 @@ def deblur_plan(
             "sigma_estimated": sigma is None,
             "kernel_size": list(result.kernel.shape),
             "kernel_given": kernel is not None,
+            "varying": result.kernels is not None,  # whether kernels that vary were found and kept
+            "kernel_grid": None if result.kernels is None else list(result.kernels.shape[:2]),  # rows, columns
             "reblur": _number(result.reblur),  # chi^2: about 1 where kernel, image and sigma explain the input
             "seconds": round(seconds, 3),
             **running,
@@ -453,7 +457,7 @@ def _run(
             _check_targets(outputs.values())
             picture = io.read_image(item.source, max_pixels=max_pixels, max_bytes=max_bytes)
             if skip_existing and _is_done(outputs, request, picture.sha256):
-                return Outcome(item.source, "skipped", outputs)
+                return Outcome(item.source, "skipped", {s: path for s, path in outputs.items() if path.is_file()})
             height, width = picture.pixels.shape[:2]
             if min(height, width) < MIN_SIDE:
                 message = f"{width} x {height} pixels; {MIN_SIDE} on each side is the least"
@@ -495,8 +499,9 @@ def _run(
         }
         if ".json" in outputs:
             files[".json"] = (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
-        _publish({outputs[suffix]: data for suffix, data in files.items()})
-        yield Outcome(item.source, "done", outputs, record)
+        written = {suffix: path for suffix, path in outputs.items() if suffix in files}
+        _publish({path: files[suffix] for suffix, path in written.items()}, set(outputs.values()) - set(written.values()))
+        yield Outcome(item.source, "done", written, record)
 
 
 def _check_targets(paths: Iterable[Path]) -> None:
@@ -508,17 +513,21 @@ def _check_targets(paths: Iterable[Path]) -> None:
 
 
 def _is_done(outputs: dict[str, Path], request: str, sha256: str) -> bool:
-    """Whether the JSON tells of this input and request, and all files are there."""
+    """Whether the JSON tells of this input and request, and all files are there; the grid only where it says so."""
     try:
         record = json.loads(outputs[".json"].read_bytes())
         same = record["input"]["sha256"] == sha256 and record["request"] == request
+        wanted = [path for s, path in outputs.items() if s not in SUFFIXES["kernels"] or record["varying"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return same and all(path.is_file() for path in outputs.values())
+    return same and all(path.is_file() for path in wanted)
 
 
-def _publish(files: dict[Path, bytes]) -> None:
-    """Writes all files under temporary names, then renames them in order; if writing fails nothing has changed."""
+def _publish(files: dict[Path, bytes], outdated: Iterable[Path]) -> None:
+    """Writes all files under temporary names, then renames them in order; if writing fails nothing has changed.
+
+    What an earlier result left under the names `outdated` goes.
+    """
     try:
         with ExitStack() as stack:
             for path, data in reversed(files.items()):  # the stack unwinds from the last to the first
@@ -526,6 +535,8 @@ def _publish(files: dict[Path, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+        for path in outdated:
+            path.unlink(missing_ok=True)
     except OSError as error:
         hint = "Free some space or choose another folder; finished results are complete"
         folder = shown(next(iter(files)).parent)
@@ -564,23 +575,32 @@ def _deblurred_files(save: Collection[str], picture: Picture, result: Any) -> di
         save,
         image=lambda: io.encode_png(restored),
         kernel=result.kernel,
+        kernels=result.kernels,
         mean=lambda: io.encode_png(replace(picture, pixels=_like(picture.pixels, result.mean()))),
         std=lambda: io.encode_png(Picture(_quantised(_like(np.empty((0, 0), np.float32), result.std()), 16))),
         sheet=lambda: _sheet(picture.pixels, result.image, result.kernel),
     )
 
 
-def _named(save: Collection[str], *, kernel: np.ndarray, **encoders: Callable[[], bytes]) -> dict[str, bytes]:
+def _named(
+    save: Collection[str], *, kernel: np.ndarray, kernels: np.ndarray | None = None, **encoders: Callable[[], bytes]
+) -> dict[str, bytes]:  # fmt: skip
     """Suffix -> bytes of what is to be saved; the JSON is added later, when the rest is known."""
     files = {}
     for kind in save:
         if kind == "kernel":
-            buffer = bytes_io.BytesIO()
-            np.save(buffer, np.asarray(kernel, np.float32))
-            files[".kernel.npy"], files[".kernel.png"] = buffer.getvalue(), io.encode_kernel_png(kernel)
+            files[".kernel.npy"], files[".kernel.png"] = _npy(kernel), io.encode_kernel_png(kernel)
+        elif kind == "kernels" and kernels is not None:
+            files[".kernels.npy"], files[".kernels.png"] = _npy(kernels), io.encode_kernels_png(kernels)
         elif kind in encoders:
             files[SUFFIXES[kind][0]] = encoders[kind]()
     return files
+
+
+def _npy(values: np.ndarray) -> bytes:
+    buffer = bytes_io.BytesIO()
+    np.save(buffer, np.asarray(values, np.float32))
+    return buffer.getvalue()
 
 
 def _like(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -541,7 +541,9 @@ class Deblurrer:
         if job.kernel is None and float(k.max()) == 1:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
         elif _varies(e, k.shape, job.sigma):
-            notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): --varying")
+            looked = self.varying and job.kernel is None
+            blurs, advice = ("neither one blur nor a grid", "do not trust it") if looked else ("no one blur", "--varying")
+            notes.append(f"W_VARYING: {blurs} explains the whole image (reblur chi^2 {chi2:.2f}): {advice}")
         elif chi2 > 2 or chi2 < 0.5 and not any(n.startswith("W_LOSSY") for n in notes):  # that level is an upper one
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         image = job.picture.back(self._one_of(samples, k, job.picture.y[0], job.sigma))

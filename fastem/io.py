@@ -31,6 +31,7 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 64_000_000
 MAX_ASPECT = 100
 KERNEL_VIEW = 256  # pixels; kernels are shown enlarged by the largest whole factor that stays within
+GRID_VIEW = 1024  # pixels; the same for a grid of kernels
 _ZOOM_KEY = b"fastem:zoom"
 _SIGNATURES = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"BM": "BMP"}
 # Tags of IFD0 that describe the file they came from (layout, orientation, embedded profiles), not the photograph.
@@ -641,6 +642,15 @@ def encode_kernel_png(kernel: np.ndarray) -> bytes:
     zoom = kernel_zoom(kernel.shape)
     info.add_text(_ZOOM_KEY.decode(), str(zoom))
     Image.fromarray(kernel_picture(kernel, zoom)).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def encode_kernels_png(kernels: np.ndarray) -> bytes:
+    """A picture of a grid of kernels `(rows, cols, h, w)`, in place on a grey ground; the peak of each is white."""
+    rows, cols, h, w = kernels.shape
+    zoom = kernel_zoom((rows * h, cols * w), GRID_VIEW)
+    buffer = io.BytesIO()
+    Image.fromarray(mosaic([kernel_picture(k, zoom) for row in kernels for k in row], cols)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -36,6 +36,7 @@ class Restored:
     sigma: float = 5 / 255
     reblur: float = 1.0
     warnings: list[str] = field(default_factory=list)
+    kernels: np.ndarray | None = None
 
     def mean(self) -> np.ndarray:
         return self.samples.mean(axis=0)
@@ -51,6 +52,7 @@ class Engine:
     failures: dict[int, Exception] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
     lossy: list[bool] = field(default_factory=list)
+    kernels: np.ndarray | None = None
     config = {"method": "none", "device": "cpu", "backend": "reference"}
 
     def __call__(self, image, *, sigma, seed, kernel, lossy, quantization, on_step=None):
@@ -63,7 +65,7 @@ class Engine:
         unit = image / (np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1)
         samples = np.stack([unit.reshape(*image.shape[:2], -1) * np.ones(3)] * 2)
         inverted = np.iinfo(image.dtype).max - image if image.dtype.kind == "u" else 1 - image
-        return Restored(inverted, np.full((5, 3), 1 / 15, np.float32), samples)
+        return Restored(inverted, np.full((5, 3), 1 / 15, np.float32), samples, kernels=self.kernels)
 
 
 def save_picture(path: Path, value: int = 1, mode: str = "RGB", size: tuple[int, int] = (16, 12)) -> Path:
@@ -82,7 +84,8 @@ def folder(tmp_path):
 
 def test_outputs_and_record(folder, tmp_path):
     out = tmp_path / "out"
-    outcomes = list(deblur_files([folder], Engine(), out, save=SUFFIXES, sigma=5 / 255, seed=3))
+    engine = Engine(kernels=np.full((2, 4, 5, 3), 1 / 15, np.float32))
+    outcomes = list(deblur_files([folder], engine, out, save=SUFFIXES, sigma=5 / 255, seed=3))
     assert [(o.source.name, o.status) for o in outcomes] == [("a.png", "done"), ("b.jpg", "done"), ("c.bmp", "done")]
     suffixes = [suffix for group in SUFFIXES.values() for suffix in group]
     assert sorted(os.listdir(out)) == sorted(stem + suffix for stem in "abc" for suffix in suffixes)
@@ -95,10 +98,13 @@ def test_outputs_and_record(folder, tmp_path):
     assert (record["sigma"], record["sigma_estimated"], record["reblur"]) == (5.0, False, 1.0)
     assert record["backend"] == "reference" and set(record["versions"]) >= {"fastem", "torch"}
     assert record["seconds"] >= 0 and record["kernel_size"] == [5, 3] and not record["kernel_given"]
+    assert (record["varying"], record["kernel_grid"]) == (True, [2, 4])
     for suffix, output in record["outputs"].items():
         assert hashlib.sha256((out / ("a" + suffix)).read_bytes()).hexdigest() == output["sha256"]
     np.testing.assert_array_equal(np.asarray(Image.open(out / "a.png")), 255 - np.asarray(Image.open(folder / "a.png")))
     np.testing.assert_allclose(np.load(out / "a.kernel.npy"), np.full((5, 3), 1 / 15))
+    kernels = np.load(out / "a.kernels.npy")
+    assert kernels.shape == (2, 4, 5, 3) and kernels.dtype == np.float32
     with Image.open(out / "a.sheet.png") as sheet:
         assert sheet.height == 12 and sheet.width > 2 * 16
 
@@ -316,6 +322,23 @@ def test_finished_items_can_be_skipped(folder, tmp_path):
     save_picture(folder / "a.png", 77)
     (tmp_path / "out" / "b.png").unlink()
     assert statuses(sigma=0.01) == ["done", "done", "skipped"]
+
+
+def test_kernels_that_vary_are_written_only_where_they_were_found(folder, tmp_path):
+    def run(kernels, **options):
+        (outcome,) = deblur_files([folder / "a.png"], Engine(kernels=kernels), tmp_path / "out", **options)
+        written = sorted(suffix for suffix in SUFFIXES["kernels"] if (tmp_path / "out" / f"a{suffix}").exists())
+        assert sorted(set(outcome.outputs) & set(SUFFIXES["kernels"])) == written
+        return outcome.status, written, outcome.record
+
+    grid = np.full((2, 3, 5, 3), 1 / 15, np.float32)
+    assert run(grid)[:2] == ("done", [".kernels.npy", ".kernels.png"])
+    assert run(grid, skip_existing=True)[:2] == ("skipped", [".kernels.npy", ".kernels.png"])
+    (tmp_path / "out" / "a.kernels.npy").unlink()
+    assert run(grid, skip_existing=True)[:2] == ("done", [".kernels.npy", ".kernels.png"])
+    status, written, record = run(None)  # the grid of the earlier result does not stay
+    assert (status, written, record["varying"], record["kernel_grid"]) == ("done", [], False, None)
+    assert run(None, skip_existing=True)[:2] == ("skipped", [])
 
 
 def test_progress_names_the_item(folder, tmp_path):

@@ -106,6 +106,30 @@ def test_known_kernel(fastem, photo, prior, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "out" / "photo.kernel.npy"), kernel / 2, atol=1e-6)
 
 
+def test_a_blur_that_varies(fastem, photo, prior, tmp_path, monkeypatch):
+    """The grid is written and recorded where it was kept; --varying is not advised to one who gave it."""
+    monkeypatch.setattr("fastem.photo.blur_varies", lambda chi2: True)
+
+    def varied(*options) -> tuple[dict, str]:
+        given = ("--prior", prior, *QUICK, "--no-guard", *options)
+        code, _, err = fastem("deblur", photo, "-o", "out", *given)
+        assert code == 0, err
+        (warning,) = (line for line in err.splitlines() if "W_VARYING" in line)
+        return json.loads((tmp_path / "out" / "photo.json").read_text()), warning
+
+    record, warning = varied()
+    assert (record["varying"], record["kernel_grid"]) == (False, None) and warning.endswith(": --varying")
+    monkeypatch.setattr("fastem.engine.VARYING_GAIN", 1e9)
+    record, warning = varied("--varying")
+    assert record["varying"] and "photo.kernels.npy" in str(record["outputs"]) and "--varying" not in warning
+    kernels = np.load(tmp_path / "out" / "photo.kernels.npy")
+    assert list(kernels.shape) == [*record["kernel_grid"], 7, 7] and (tmp_path / "out" / "photo.kernels.png").exists()
+    monkeypatch.setattr("fastem.engine.VARYING_GAIN", 0.0)
+    record, warning = varied("--varying")
+    assert not record["varying"] and "--varying" not in warning
+    assert not list((tmp_path / "out").glob("*.kernels.*"))
+
+
 def test_the_m_step_of_the_paper(fastem, photo, prior, tmp_path):
     code, _, _ = fastem("deblur", photo, "-o", "out", "--prior", prior, *QUICK, "--m-step", "hqs", "--r2-term")
     config = json.loads((tmp_path / "out" / "photo.json").read_text())["config"]

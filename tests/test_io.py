@@ -24,6 +24,7 @@ from fastem.io import (
     Picture,
     atomic_write,
     decode_image,
+    encode_kernels_png,
     kernel_zoom,
     load_kernel,
     mosaic,
@@ -540,6 +541,17 @@ def test_names_are_shown_on_one_line():
 def test_lossy_files_are_known(tmp_path, name, options, lossy):
     Image.effect_noise((24, 16), 40).convert("RGB").save(tmp_path / name, **options)
     assert read_image(tmp_path / name).lossy is lossy
+
+
+def test_picture_of_a_grid_of_kernels():
+    kernels = np.zeros((2, 3, 5, 4), np.float32)
+    kernels[:, :, 1, 2] = np.linspace(0.1, 1, 6).reshape(2, 3)  # each is shown by its own peak
+    zoom = kernel_zoom((10, 12), 1024)
+    with Image.open(io.BytesIO(encode_kernels_png(kernels))) as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (10 * zoom + 2, 12 * zoom + 4)
+    top, left = np.ix_([zoom, 6 * zoom + 2], [2 * zoom, 6 * zoom + 2, 10 * zoom + 4])
+    assert (sheet[top, left] == 255).all() and (sheet == 255).sum() == 6 * zoom**2
 
 
 def test_mosaic_places_pictures_in_rows():

@@ -71,8 +71,13 @@ def deblur(
         str, typer.Option(metavar="exact|turbo", help="turbo: fewer steps, a little less exact")
     ] = "exact",
     save: Annotated[
-        str, typer.Option(metavar="LIST", help="of image,kernel,mean,std,sheet,json; sheet: before, after and kernel")
-    ] = "image,kernel,json",
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="of image,kernel,kernels,mean,std,sheet,json; kernels: with --varying, where the blur varies; "
+            "std: spread of the samples; sheet: before, after and kernel",
+        ),
+    ] = "image,kernel,kernels,json",
     name_by: console.NameBy = "stem",
     batch_size: Annotated[
         str, typer.Option(metavar="auto|N", help="pictures of one size restored together; auto: 1 on a CPU")
@@ -88,7 +93,8 @@ def deblur(
 ) -> None:
     """Restore blurry images and find their blur kernels.
 
-    For a.jpg this writes a.png, a.kernel.npy, a.kernel.png and a.json into the output folder.
+    For a.jpg this writes a.png, a.kernel.npy, a.kernel.png and a.json into the output folder; where --varying finds a
+    blur that varies, also its kernels, rows by columns: a.kernels.npy and a.kernels.png.
     """
     level, together = parse_sigma(sigma, force), parse_batch_size(batch_size)
     size = kernel_size
