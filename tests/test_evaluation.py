@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from fastem.evaluation.cases import spread
 from fastem.evaluation.report import common_cases, per_image, summarise
 from fastem.evaluation.report import test_table as table_of_tests
 from fastem.evaluation.run import read_rows, row_files
+from fastem.noise import estimate_sigma
 from fastem.synth import degrade, motion_kernel
 
 TINY = """
@@ -231,6 +233,42 @@ def test_a_failing_method_costs_a_row_not_the_run(data, tiny, prior, tmp_path, m
     assert figures["errors"] == figures["worse"] == 8
 
 
+def test_a_method_may_not_be_told_the_noise(data, prior, tmp_path):
+    """Others and chi^2 keep the true one."""
+    case = {"source": "synthetic", "images": ["sharp"], "kernels": ["delta"], "size": 5, "sigma": [12]}
+    hidden = {"kind": "wiener", "blind_sigma": True}
+    methods = {
+        "told": {"kind": "wiener"}, "hidden": hidden, "engine": {"options": {"steps": 2}, "blind_sigma": True},
+    }  # fmt: skip
+    protocol = parse_protocol({"cases": [case], "methods": methods}, "p")
+    run = Evaluation(protocol, data, tmp_path, limit=1, prior=str(prior))
+    told, hidden, engine = run.run()
+    (case,) = list_cases(protocol, data, 1)
+    y = case.load().y
+    assert told["sigma_used"] == pytest.approx(12) and abs(hidden["sigma_used"] - 12) > 0.05
+    assert hidden["sigma_used"] == pytest.approx(255 * estimate_sigma(y)) and engine["sigma_used"] != 12
+    x = BASELINES["wiener"](replace(case.load(), sigma=hidden["sigma_used"] / 255)).image
+    assert hidden["chi2"] == pytest.approx(metrics.chi2(y, x, motion_kernel(5, 0, "delta"), 12 / 255))
+
+
+def test_methods_may_look_for_the_size_of_the_kernel(prior):
+    methods = {name: {"options": {"steps": 2} | o} for name, o in {"told": {}, "auto": {"kernel_size": "auto"}}.items()}
+    protocol = parse_protocol({"cases": [{"source": "synthetic"}], "methods": methods}, "p")
+    contestants = running.Contestants(protocol, prior=str(prior))
+    told, auto = (contestants.run(name, problem())[0].kernel for name in methods)
+    assert told.shape == (7, 7) and auto.shape[0] > 7
+
+
+def test_denoising():
+    methods = {"denoising": {"kind": "denoise", "options": {"steps": 2}}}
+    contestants = running.Contestants(parse_protocol({"cases": [{"source": "photos"}], "methods": methods}, "p"))
+    p = problem(sigma=10 / 255, family="delta")
+    estimate, sigma, costs = contestants.run("denoising", p)
+    assert metrics.psnr(estimate.image, p.x) > metrics.psnr(p.y, p.x) + 4 and sigma == p.sigma
+    np.testing.assert_array_equal(estimate.kernel, p.kernel)
+    assert (costs["forwards"], costs["vjps"]) == (1, 0) and costs["gflop"] > 0
+
+
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -258,7 +296,7 @@ def test_a_changed_run_is_refused_in_one_line(fastem, tiny, data, prior, tmp_pat
         ("", "needs one [[cases]] or more"),
         ("[[cases]]\nsource='x'", "needs one [methods.NAME] or more"),
         (TINY.replace("sheets", "sheet"), "unknown key 'sheet'; allowed are cases, methods"),
-        (TINY.replace('kind = "wiener"', 'kind = "winner"'), "unknown kind 'winner'; allowed are engine, wiener"),
+        (TINY.replace('kind = "wiener"', 'kind = "winner"'), "unknown kind 'winner'; allowed are engine, denoise"),
         (TINY.replace('"synthetic"', '"thin air"'), "unknown source 'thin air'; allowed are synthetic, lai_pairs"),
         (TINY.replace("size = 5", "sice = 5"), "unknown key 'sice'; allowed are images, kernels, size"),
         (TINY.replace('"shake"', '"shook"'), "unknown kernel family 'shook'"),
@@ -294,10 +332,11 @@ def test_bad_arguments(fastem, tiny, data, arguments, message):
     assert code == 2 and len(err.splitlines()) == 1 and message in err
 
 
-def test_packaged_protocols(fastem):
-    assert {"public", "table1", "table2", "fig1", "fig4", "fig5", "real", "ffhq"} <= set(names())
+def test_packaged_protocols(fastem, prior):
+    assert {"public", "table1", "table2", "fig1", "fig4", "fig5", "real", "ffhq", "robust", "noblur"} <= set(names())
     for name in names():
-        load_protocol(name)
+        protocol = load_protocol(name)
+        running.Contestants(protocol, prior=str(prior)).configs(list(protocol.methods))  # the engine takes its options
     assert {line.split()[0] for line in fastem("evaluate", "--list")[1]} == set(names())
 
 

@@ -11,9 +11,10 @@ needs_prior = false                 # refuse to run without --prior
 source = "synthetic"                # of fastem.evaluation.cases.SOURCES, with its own settings
 
 [methods.NAME]
-kind = "engine"                     # or a name in fastem.baselines.BASELINES
+kind = "engine"                     # or "denoise", its prior alone, or a name in fastem.baselines.BASELINES
 known = false                       # the engine is given the true kernel
-options = {}                        # of Deblurrer, or of the baseline
+blind_sigma = false                 # the noise level is hidden from the method
+options = {}                        # of Deblurrer, or of the baseline; kernel_size is that of the case if left out
 series = "..."                      # methods of one series are joined in plots
 limit = 4                           # only so many images, for slow ones
 
@@ -35,6 +36,7 @@ from typing import Any
 from fastem.baselines import BASELINES
 from fastem.io import FastemError
 
+KINDS = ("engine", "denoise", *BASELINES)
 PLOTS = ("sigma", "time", "kernel")
 PAPER_FIGURES = ("psnr", "ssim", "psnr_sa", "kernel_mse", "seconds", "forwards")
 
@@ -52,9 +54,14 @@ class Method:
 
     kind: str = "engine"
     known: bool = False
+    blind_sigma: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     series: str = ""
     limit: int = 0
+
+    @property
+    def has_engine(self) -> bool:
+        return self.kind not in BASELINES
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,9 @@ class Protocol:
         return asdict(self)
 
     def with_options(self, options: Mapping[str, Any]) -> Protocol:
-        """Every engine method with these options of Deblurrer on top of its own."""
+        """Every method that has an engine with these options of Deblurrer on top of its own."""
         methods = {
-            name: replace(m, options={**m.options, **options}) if m.kind == "engine" else m
+            name: replace(m, options={**m.options, **options}) if m.has_engine else m
             for name, m in self.methods.items()
         }
         return replace(self, methods=methods)
@@ -130,10 +137,9 @@ def parse_protocol(table: Mapping[str, Any], name: str) -> Protocol:
     for key, entry in methods.items():
         _known_keys(entry, set(Method.__dataclass_fields__), f"{where}, method {key!r}")
         parsed[key] = Method(**entry)
-        if parsed[key].kind not in ("engine", *BASELINES):
+        if parsed[key].kind not in KINDS:
             raise ProtocolError(
-                f"{where}, method {key!r}: unknown kind {parsed[key].kind!r}; allowed are engine, "
-                + ", ".join(BASELINES)
+                f"{where}, method {key!r}: unknown kind {parsed[key].kind!r}; allowed are {', '.join(KINDS)}"
             )
     reference = table.get("reference", next(iter(parsed)))
     if reference not in parsed:

@@ -23,12 +23,15 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastem.ops
-from fastem import io, metrics, noise, photo
+from fastem import io, metrics, noise, photo, runtime
 from fastem.baselines import BASELINES, Estimate, Problem
+from fastem.em import delta_kernel, denoise_observation
 from fastem.engine import JPEG_INFLATION, LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer
 from fastem.evaluation.cases import KEY, Case, list_cases, spread
 from fastem.evaluation.protocol import Method, Protocol, ProtocolError
 from fastem.io import FastemError
+from fastem.operators import Observation
+from fastem.ops.backend import use_backend
 
 ROW_KEY = ("method", *KEY)
 SCORES = (
@@ -240,24 +243,27 @@ class Contestants:
         found = {}
         for name in names:
             method = self._protocol.methods[name]
-            found[name] = {"kind": method.kind, **method.options}
-            if method.kind == "engine":
+            config = method.options
+            if method.has_engine:
                 config = {k: v for k, v in self.engine(name).config.items() if k not in ("prior", "kernel_size")}
-                found[name] = {"kind": "engine", "known": method.known, **config}
+            found[name] = {"kind": method.kind, "known": method.known, "blind_sigma": method.blind_sigma} | config
         return json.loads(json.dumps(found))
 
     def run(self, name: str, problem: Problem) -> tuple[Estimate, float, Row]:
         """The estimate, the sigma it assumed (image units), and what it cost."""
         method = self._protocol.methods[name]
-        engine = self.engine(name, problem.kernel_size) if method.kind == "engine" else None
+        engine = self.engine(name, problem.kernel_size) if method.has_engine else None
+        if method.blind_sigma:
+            problem = replace(problem, sigma=None)
         for counter in self._counters.values():
             counter.reset()
         wall, cpu = time.perf_counter(), time.process_time()
-        if engine is not None:
+        if method.kind == "engine":
             estimate, sigma = _restore(engine, method, problem)
         else:
-            problem = replace(problem, sigma=assumed_sigma(problem))
-            estimate, sigma = BASELINES[method.kind](problem, **method.options), problem.sigma
+            sigma = assumed_sigma(problem)
+            told = replace(problem, sigma=sigma)
+            estimate = _denoise(engine, told) if engine else BASELINES[method.kind](told, **method.options)
         costs: Row = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
         if engine is not None:
             costs["forwards"] = sum(c.forwards for c in self._counters.values())
@@ -276,6 +282,15 @@ def _restore(engine: Deblurrer, method: Method, problem: Problem) -> tuple[Estim
     )  # fmt: skip
     mean = r.mean() if len(r.samples) > 1 else None
     return Estimate(np.asarray(r.image), r.kernel, mean, tuple(w.split(":")[0] for w in r.warnings)), r.sigma
+
+
+def _denoise(engine: Deblurrer, problem: Problem) -> Estimate:
+    """The prior's estimate of the observation without its noise, and no blur: what an image that was sharp deserves."""
+    y = torch.from_numpy(np.ascontiguousarray(problem.y, np.float32)).permute(2, 0, 1)[None].to(engine.device)
+    model = runtime.fit_to_size(engine.model, (y.shape[-2], y.shape[-1]), engine.tile)
+    with use_backend(engine.backend):
+        x = denoise_observation(model, Observation.of(y, problem.sigma))
+    return Estimate(x[0].permute(1, 2, 0).cpu().numpy(), delta_kernel(1, problem.kernel_size)[0, 0].numpy())
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
