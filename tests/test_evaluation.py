@@ -17,7 +17,8 @@ from PIL import Image
 from fastem import metrics
 from fastem.baselines import BASELINES, Problem
 from fastem.cli.main import run as command
-from fastem.engine import LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer, Request
+from fastem.em import EdgeEM
+from fastem.engine import EFFORTS, LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer, Request
 from fastem.evaluation import (
     Evaluation,
     NetworkCounter,
@@ -338,6 +339,13 @@ def test_packaged_protocols(fastem, prior):
         protocol = load_protocol(name)
         running.Contestants(protocol, prior=str(prior)).configs(list(protocol.methods))  # the engine takes its options
     assert {line.split()[0] for line in fastem("evaluate", "--list")[1]} == set(names())
+
+
+def test_protocols_measure_what_is_shipped():
+    fig1, fig4 = load_protocol("fig1"), load_protocol("fig4")
+    assert fig1.methods[fig1.reference].options == {"steps": EFFORTS["exact"].steps}
+    em = EdgeEM(torch.ones(1, 1, 1, 1))
+    assert {"ridge": em.ridge, "num_iters": em.num_iters} in [m.options for m in fig4.methods.values()]
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
