@@ -30,6 +30,7 @@ from fastem.evaluation import (
     network_flops,
     paired,
     parse_protocol,
+    write_report,
 )
 from fastem.evaluation import run as running
 from fastem.evaluation.cases import spread
@@ -346,6 +347,25 @@ def test_protocols_measure_what_is_shipped():
     assert fig1.methods[fig1.reference].options == {"steps": EFFORTS["exact"].steps}
     em = EdgeEM(torch.ones(1, 1, 1, 1))
     assert {"ridge": em.ridge, "num_iters": em.num_iters} in [m.options for m in fig4.methods.values()]
+
+
+def test_slow_methods_have_tables_of_their_own(data, tmp_path):
+    """Tables without them hold every image; tables with them those that all methods saw."""
+    slow = {"kind": "wiener", "limit": 2}
+    case = {"source": "synthetic", "images": ["sharp"], "size": 5, "boundary": ["circular", "valid"]}
+    methods = {"quick": {"kind": "wiener"}, "slow": slow, "SLOWER": slow | {"limit": 1}}
+    protocol = parse_protocol({"cases": [case], "methods": methods, "plots": ["sigma"]}, "p")
+    rows = list(Evaluation(protocol, data, tmp_path).run())
+    assert [sum(row["method"] == name for row in rows) for name in methods] == [6, 4, 2]
+    write_report(tmp_path)
+    found = json.loads((tmp_path / "summary.json").read_text())["groups"]
+    counts = {label: {name: of["cases"] for name, of in by.items()} for label, by in found.items()}
+    with_slow = "with the slow methods (slow; SLOWER): "
+    for label, count in (("all cases", 2), ("sigma 5, circular", 1), ("sigma 5, valid", 1)):
+        assert counts[label] == {"quick": 3 * count}
+        assert counts[with_slow + label] == dict.fromkeys(methods, count)
+        assert len({of["psnr"]["mean"] for of in found[with_slow + label].values()}) == 1  # of the same cases
+    assert "## With the slow methods (slow; SLOWER): all cases" in (tmp_path / "report.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- sources

@@ -99,14 +99,18 @@ def common_cases(rows: list[Row], methods: list[str]) -> dict[str, list[Row]]:
     return {name: [by[name] for by in shared.values()] for name in methods}
 
 
-def groups(rows: list[Row]) -> Iterable[tuple[str, list[Row]]]:
-    """All rows; then by noise and boundary, by image folder and by kernel family where there are several."""
+GROUPINGS: list[tuple[tuple[str, ...], Callable[[tuple[str, ...]], str]]] = [
+    (("sigma", "boundary"), lambda v: f"sigma {v[0] or 'estimated'}, {v[1]}"),
+    (("source", "set"), lambda v: f"images of {v[1]}"),
+    (("family",), lambda v: f"kernels: {v[0]}"),
+]
+
+
+def groups(rows: list[Row], brief: bool = False) -> Iterable[tuple[str, list[Row]]]:
+    """All rows; then by noise and boundary and, unless `brief`, by image folder and by kernel family, where there are
+    several."""
     yield "all cases", rows
-    for names, label in (
-        (("sigma", "boundary"), lambda v: f"sigma {v[0] or 'estimated'}, {v[1]}"),
-        (("source", "set"), lambda v: f"images of {v[1]}"),
-        (("family",), lambda v: f"kernels: {v[0]}"),
-    ):
+    for names, label in GROUPINGS[:1] if brief else GROUPINGS:
         values = sorted({tuple(row[n] for n in names) for row in rows}, key=lambda v: [_natural(x) for x in v])
         if len(values) > 1:
             for value in values:
@@ -237,9 +241,8 @@ def build_report(out: Path) -> tuple[list[Block], dict[str, Any]]:
         fast = [m for m in methods if not protocol["methods"][m]["limit"]] or methods
         blocks += _sections(rows, fast, protocol, summary, "")
         if slow := [m for m in methods if m not in fast]:
-            blocks += _sections(
-                rows, methods, protocol, summary, f"with the slow methods ({', '.join(slow)}): ", ("all cases",)
-            )
+            prefix = f"with the slow methods ({'; '.join(slow)}): "
+            blocks += _sections(rows, methods, protocol, summary, prefix, brief=True)
         blocks += _plots(out, rows, methods, protocol)
         blocks += _sheets(out, rows, methods)
     if (out / "sets.json").exists():
@@ -276,17 +279,18 @@ HOW_TO_READ = (
 
 
 def _sections(
-    rows: list[Row], methods: list[str], protocol: dict, summary: dict, prefix: str, only: tuple[str, ...] = ()
+    rows: list[Row], methods: list[str], protocol: dict, summary: dict, prefix: str, brief: bool = False
 ) -> list[Block]:
     blocks: list[Block] = []
-    for label, part in groups(rows):
+    for label, part in groups(rows, brief):
         shared = common_cases(part, methods)
-        if only and label not in only or not shared[methods[0]]:
+        if not shared[methods[0]]:
             continue
         figures = {name: summarise(of) for name, of in shared.items()}
-        summary["groups"][prefix + label] = figures
+        heading = prefix + label
+        summary["groups"][heading] = figures
         everything = label == "all cases"
-        blocks.append(Heading((prefix + label).capitalize()))
+        blocks.append(Heading(heading[0].upper() + heading[1:]))
         blocks.append(figure_table(figures, FIGURES, protocol["paper"] if everything else None))
         if everything:
             if protocol["paper"].get("setup") and protocol["paper"].get("figures"):
