@@ -499,9 +499,9 @@ def _run(
         }
         if ".json" in outputs:
             files[".json"] = (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()
-        written = {suffix: path for suffix, path in outputs.items() if suffix in files}
-        _publish({path: files[suffix] for suffix, path in written.items()}, set(outputs.values()) - set(written.values()))
-        yield Outcome(item.source, "done", written, record)
+        outdated = [path for suffix, path in outputs.items() if suffix not in files]
+        _publish({outputs[suffix]: data for suffix, data in files.items()}, outdated)
+        yield Outcome(item.source, "done", {suffix: outputs[suffix] for suffix in files}, record)
 
 
 def _check_targets(paths: Iterable[Path]) -> None:

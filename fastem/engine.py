@@ -108,7 +108,11 @@ class Restoration:
         return self.samples.mean(axis=0)
 
     def std(self) -> np.ndarray:
-        """`(H, W, C)`: spread of the particles, an uncertainty map; 0 for one particle."""
+        """`(H, W, C)`: spread of the particles, 0 for one.
+
+        An uncertainty map where they are posterior samples: mode "sample", or guidance "pigdm" or "dps". Those of mode
+        "mean" with guidance "mean" differ by their starting noise alone, far less than by what is uncertain.
+        """
         return self.samples.std(axis=0)
 
 
@@ -542,8 +546,8 @@ class Deblurrer:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
         elif _varies(e, k.shape, job.sigma):
             looked = self.varying and job.kernel is None
-            blurs, advice = ("neither one blur nor a grid", "do not trust it") if looked else ("no one blur", "--varying")
-            notes.append(f"W_VARYING: {blurs} explains the whole image (reblur chi^2 {chi2:.2f}): {advice}")
+            advice = "nor does what --varying found; do not trust it" if looked else "--varying"
+            notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): {advice}")
         elif chi2 > 2 or chi2 < 0.5 and not any(n.startswith("W_LOSSY") for n in notes):  # that level is an upper one
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         image = job.picture.back(self._one_of(samples, k, job.picture.y[0], job.sigma))

@@ -120,6 +120,14 @@ def test_options_exist(document):
 
 
 @every_document
+def test_maps_of_spread_are_of_samples(document):
+    text = document.read_text(encoding="utf-8")
+    for span in spans(text) + command_lines(text, "fastem"):
+        if re.search(r"--save \S*std", span):
+            assert {"--mode sample", "--particles"} <= set(re.findall(r"--mode sample|--particles", span)), span
+
+
+@every_document
 def test_make_targets_exist(document):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.search(r"^\.PHONY: (.+)$", makefile, re.M).group(1).split())

@@ -75,7 +75,7 @@ def deblur(
         typer.Option(
             metavar="LIST",
             help="of image,kernel,kernels,mean,std,sheet,json; kernels: with --varying, where the blur varies; "
-            "std: spread of the samples; sheet: before, after and kernel",
+            "std: spread of the samples, with --mode sample; sheet: before, after and kernel",
         ),
     ] = "image,kernel,kernels,json",
     name_by: console.NameBy = "stem",
@@ -121,6 +121,8 @@ def deblur(
         )  # fmt: skip
         if method == "known" and known is None:
             raise ValueError("--method known needs the kernel: give it with --kernel FILE")
+        if "std" in chosen and (engine.particles == 1 or engine.mode == "mean" and engine.guidance == "mean"):
+            raise ValueError("--save std is the spread of samples: it needs --mode sample and --particles 2 or more")
     with console.Progress(progress) as bar:
         position = {item: index for index, item in enumerate(plan.items, 1)}
 
