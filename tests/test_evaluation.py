@@ -549,7 +549,8 @@ def test_counter_counts_and_costs():
 def test_plugins(fastem, tiny, data, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "def error(restored, truth, blurred):\n    return {'l1': abs(restored - truth).mean()}\n"
-        "def count(restored, truth):\n    return {'files': len(list(restored.glob('*.png')))}\n"
+        "def count(restored, truth):\n\n"
+        "    return {'files': len(list(restored.iterdir())), 'truths': len(list(truth.iterdir()))}\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     given = ("--data", data, "-o", "out", "--limit", 1, "--methods", "wiener", "--save-images")
@@ -559,7 +560,8 @@ def test_plugins(fastem, tiny, data, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert all(0 < float(row["error.l1"]) < 0.5 for row in rows)
     sets = json.loads((tmp_path / "out" / "sets.json").read_text())
-    assert sets["mine:count"]["wiener"]["files"] >= 8
+    assert sets["mine:count"]["wiener"] == {"files": 8, "truths": 8}  # no kernels among them
+    assert len(list((tmp_path / "out" / "kernels" / "wiener").iterdir())) == 8
     assert "error.l1" in (tmp_path / "out" / "report.md").read_text()
 
 

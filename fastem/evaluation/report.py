@@ -484,7 +484,7 @@ def _sheets(out: Path, rows: list[Row], methods: list[str]) -> list[Block]:
     (out / "sheets").mkdir(exist_ok=True)
     for file in sorted(folder.glob("*.png"))[:MOST_SHEETS]:
         stem = file.stem
-        panels = [_panel(out / "pictures", label, stem, text) for label, text in (
+        panels = [_panel(out, label, stem, text) for label, text in (
             ("input", "input"), *((m, captions.get((m, stem), m)) for m in methods), ("truth", "truth"),
         )]  # fmt: skip
         sheet = _mosaic([p for p in panels if p is not None])
@@ -499,9 +499,9 @@ def _sheets(out: Path, rows: list[Row], methods: list[str]) -> list[Block]:
 MOST_SHEETS = 64
 
 
-def _panel(folder: Path, label: str, stem: str, caption: str) -> Image.Image | None:
+def _panel(out: Path, label: str, stem: str, caption: str) -> Image.Image | None:
     """A picture with its kernel in the corner and a caption below."""
-    file, kernel = folder / slug(label) / f"{stem}.png", folder / slug(label) / f"{stem}.kernel.png"
+    file, kernel = (out / kind / slug(label) / f"{stem}.png" for kind in ("pictures", "kernels"))
     if not file.exists():
         return None
     image = Image.fromarray(io.read_image(file).pixels).convert("RGB")

@@ -300,7 +300,7 @@ class Evaluation:
     """A protocol on its way in an output folder.
 
     The folder holds `run.json` (protocol, configurations, program: what must not change between runs), `rows*.csv`
-    (one row per case and method, a file per shard) and `pictures/` of the cases that are shown side by side.
+    (one row per case and method, a file per shard), and `pictures/` and `kernels/` of the cases shown side by side.
 
     Raises:
         ProtocolError: if the folder holds another run, or a setting cannot be used.
@@ -393,13 +393,14 @@ class Evaluation:
             name: (estimate.image, estimate.kernel),
         }
         for label, (image, kernel) in shown.items():
-            folder = self.out / "pictures" / slug(label)
-            folder.mkdir(parents=True, exist_ok=True)
+            pictures, kernels = (self.out / kind / slug(label) for kind in ("pictures", "kernels"))
             if image is not None:
+                pictures.mkdir(parents=True, exist_ok=True)
                 pixels = (np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8)
-                io.write_image(folder / f"{stem}.png", io.Picture(pixels))
+                io.write_image(pictures / f"{stem}.png", io.Picture(pixels))
             if kernel is not None:
-                io.save_kernel_png(folder / f"{stem}.kernel.png", kernel)
+                kernels.mkdir(parents=True, exist_ok=True)
+                io.save_kernel_png(kernels / f"{stem}.png", kernel)
 
     def _flush(self) -> None:
         write_rows(self._file, self._mine)
