@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastem import metrics
 from fastem.baselines import BASELINES, Problem
+from fastem.cli.evaluate import _split
 from fastem.cli.main import run as command
 from fastem.em import EdgeEM
 from fastem.engine import EFFORTS, LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer, Request
@@ -313,6 +314,13 @@ def test_bad_protocols(fastem, tiny, data, prior, text, message):
     tiny.write_text(text)
     code, out, err = fastem("evaluate", tiny, "--data", data, "--prior", prior)
     assert code == 2 and not out and len(err.splitlines()) == 1 and message in err
+
+
+def test_names_of_methods_may_hold_commas():
+    names = ["fastem", "fastem, turbo", "l0 MAP"]
+    assert _split("l0 MAP,fastem, turbo,fastem", names) == ["l0 MAP", "fastem, turbo", "fastem"]
+    assert _split("fastem, true kernel", names) == ["fastem", "true kernel"]  # which the evaluation refuses
+    assert _split("", names) is None
 
 
 @pytest.mark.parametrize(

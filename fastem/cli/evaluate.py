@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,7 @@ def evaluate(
         raise typer.BadParameter(f"name a protocol: {', '.join(evaluation.names())}, or a .toml file")
     chosen = evaluation.load_protocol(protocol).with_options(_parse_options(option))
     run = evaluation.Evaluation(
-        chosen, data, out, limit=limit, shard=_parse_shard(shard), methods=_split(methods),
+        chosen, data, out, limit=limit, shard=_parse_shard(shard), methods=_split(methods, chosen.methods),
         prior=None if prior is None else str(prior), device=device, plugins=tuple(metric_plugin),
         save_images=save_images,
     )  # fmt: skip
@@ -114,5 +115,11 @@ def _parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _split(text: str) -> list[str] | None:
-    return [name.strip() for name in text.split(",") if name.strip()] or None
+def _split(text: str, names: Container[str]) -> list[str] | None:
+    """The methods of a list; commas may be part of their names, and the longest name counts."""
+    parts, found = text.split(","), []
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if ",".join(parts[:n]).strip() in names), 1)
+        found.append(",".join(parts[:count]).strip())
+        del parts[:count]
+    return [name for name in found if name] or None
