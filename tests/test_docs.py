@@ -8,15 +8,19 @@ import inspect
 import re
 import shlex
 import tomllib
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from test_layers import LAYERS, TOUCH_FILES
 
 import fastem
 from fastem.cli import app
+from fastem.em import EdgeEM
+from fastem.engine import SEARCH_SIGMA_MIN
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -188,6 +192,36 @@ def test_checks_can_fail():
     ]
     assert list(absolute_paths("see /home/me/photos/a.png, a/b/c, `/tmp/x`")) == ["/home/me/photos/a.png"]
     assert anchors("## Where the kernel starts?") == {"where-the-kernel-starts"}
+
+
+# -------------------------------------------------------------------------------------------- statements against the code
+
+
+def section(document: str, title: str) -> str:
+    """From a heading `## title` to the next."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", (ROOT / document).read_text(encoding="utf-8"), re.M | re.S)[1]
+
+
+def test_the_house_is_complete():
+    house = section("docs/architecture.md", "The house")
+    entries = [path for path in (ROOT / "fastem").iterdir() if path.name[0] not in "_."]
+    names = {path.name + "/" * path.is_dir() for path in entries}
+    assert "varying.py" in names and names <= set(re.findall(r"[\w.]+/?", fences(house)[0]))
+    rules = {rule.__name__ for rule in typing.get_args(importlib.import_module("fastem.samplers").Rule)}
+    assert rules <= set(re.findall(r"\w+", fences(house)[0]))
+
+
+def test_the_layers_are_those_of_the_house():
+    house = section("docs/architecture.md", "The house")
+    chain = " ".join(re.search(r"`(cli -> [^`]+)`", house)[1].split()).split(" -> ")
+    assert [set(layer.split(" | ")) for layer in chain[-2::-1]] == LAYERS[:-1]  # without what is compiled, and __main__
+    openers = re.search(r"only `cli` prints; only (.+?) open files", house, re.S)[1]
+    assert set(re.findall(r"`([\w.]+)`", openers)) == TOUCH_FILES
+
+
+def test_when_the_kernel_is_updated():
+    on, off = EdgeEM.sigma_on, SEARCH_SIGMA_MIN
+    assert f"only while sigma_t is between {on} and {off}" in section("docs/paper_vs_code.md", "Blind estimation")
 
 
 def test_public_names():
