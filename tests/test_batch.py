@@ -322,6 +322,7 @@ def test_finished_items_can_be_skipped(folder, tmp_path):
     save_picture(folder / "a.png", 77)
     (tmp_path / "out" / "b.png").unlink()
     assert statuses(sigma=0.01) == ["done", "done", "skipped"]
+    assert statuses(save=["image"]) == ["done"] * 3  # without a JSON nothing tells
 
 
 def test_kernels_that_vary_are_written_only_where_they_were_found(folder, tmp_path):

@@ -18,6 +18,8 @@ import typer
 from test_layers import LAYERS, TOUCH_FILES
 
 import fastem
+from fastem import evaluation
+from fastem.batch import DEFAULT_SAVE, SUFFIXES
 from fastem.cli import app
 from fastem.em import EdgeEM
 from fastem.engine import SEARCH_SIGMA_MIN
@@ -194,7 +196,7 @@ def test_checks_can_fail():
     assert anchors("## Where the kernel starts?") == {"where-the-kernel-starts"}
 
 
-# -------------------------------------------------------------------------------------------- statements against the code
+# ------------------------------------------------------------------------------------------ statements against the code
 
 
 def section(document: str, title: str) -> str:
@@ -217,6 +219,19 @@ def test_the_layers_are_those_of_the_house():
     assert [set(layer.split(" | ")) for layer in chain[-2::-1]] == LAYERS[:-1]  # without what is compiled, and __main__
     openers = re.search(r"only `cli` prints; only (.+?) open files", house, re.S)[1]
     assert set(re.findall(r"`([\w.]+)`", openers)) == TOUCH_FILES
+
+
+def test_what_deblur_writes_is_listed():
+    table = section("README.md", "Your own photos")
+    written = {suffix for kind in DEFAULT_SAVE for suffix in SUFFIXES[kind]}
+    assert set(re.findall(r"`out/photo(\.[\w.]+)`", table)) == written
+    (save,) = (option for option in COMMAND.commands["deblur"].params if option.name == "save")
+    assert save.help.startswith(f"of {','.join(SUFFIXES)};") and save.default == ",".join(DEFAULT_SAVE)
+
+
+def test_every_protocol_is_listed():
+    table = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8"), re.M)
+    assert set(evaluation.names()) <= {name for cell in table for name in re.findall(r"\w+", cell)}
 
 
 def test_when_the_kernel_is_updated():

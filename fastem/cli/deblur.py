@@ -83,7 +83,7 @@ def deblur(
         str, typer.Option(metavar="auto|N", help="pictures of one size restored together; auto: 1 on a CPU")
     ] = "auto",
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="leave finished results of this request alone")
+        bool, typer.Option("--skip-existing", help="leave finished results of this request alone; their JSON tells")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="accept a --sigma that looks like a mistaken unit")] = False,
     max_megapixels: console.MaxMegapixels = 50.0,
