@@ -16,6 +16,7 @@ from fastem.operators import Observation
 from fastem.samplers import DDPM, Eager, Execute, Noise, Rule, Sample, sample
 from fastem.schedules import Schedule, Step, time_of_sigma
 
+PROBE_STEP = 0.1  # of sigma: how far `stein_risk` moves y
 LOW = 0.02  # cycles per pixel; at lower frequencies an image is its subject, not a power law
 
 
@@ -198,6 +199,24 @@ def noise_level(observation: Observation, X: Tensor, K: Tensor, num_iters: int =
         variance = (weight * left).sum(dim=(1, 2), keepdim=True) / weight.sum(dim=(1, 2), keepdim=True)
         variance = variance.clamp(given / 4, given * 4)
     return variance.sqrt().flatten()
+
+
+def stein_risk(explain: Callable[[Tensor], Tensor], y: Tensor, sigma: Tensor, probe: Tensor) -> Tensor:
+    """How far `explain(y)` is from y without its noise: mean squared error over sigma^2, `(B,)`, without the truth.
+
+    Stein 1981, Eq. (1.4), its divergence along one random direction (Ramani, Blu and Unser 2008, Eq. (13)). An
+    explanation that fits the noise has a small residual and pays for it here.
+
+    Args:
+        explain: an estimate of the image without noise, of y and deterministic.
+        y: `(B, C, H, W)`, sigma `(B,)`.
+        probe: like y, independent values of mean 0 and variance 1.
+    """
+    std = sigma.view(-1, 1, 1, 1)
+    found = explain(y)
+    moved = explain(y + PROBE_STEP * std * probe) - found
+    divergence = (probe * moved / (PROBE_STEP * std)).mean(dim=(1, 2, 3))
+    return ((found - y) / std).square().mean(dim=(1, 2, 3)) - 1 + 2 * divergence
 
 
 def denoise_observation(model: nn.Module, observation: Observation) -> Tensor:

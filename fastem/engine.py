@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastem import io, noise, ops, photo, runtime
-from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, noise_level
+from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, noise_level, stein_risk
 from fastem.guidance import DPS, ErrorLaw, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
 from fastem.initial import CoarseToFine, centre_by_pixels, drop_faint, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
@@ -43,12 +43,12 @@ INFLATION = 2.0  # of sigma with a kernel that is a first guess: its error count
 KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 # At the noise where the search ends x follows y closely: a good kernel leaves 0.5 to 0.98.
 CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in units of the noise, is searched for again
-CHI2_UNEXPLAINED = 1.4  # a doubtful image that no kernel explains better than this has no blur
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
-NARROW_WIDTH, NARROW_PEAK = 2.2, 0.25  # nor has one with edges below this width and a kernel with more in one pixel
-DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) it is sharp where no kernel explains it: noise widens it
+DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
+RISK_GOOD = 1.08  # of a kernel that proves itself, in units of the risk of denoising; of sharp images 1.095 and more
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
+PROBE_RUN = 1000  # the stream of the noise that probes, of which no restoration draws
 GAMMAS = (1.0, 2.2)  # that "auto" tries
 STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))
 
@@ -695,6 +695,7 @@ class Deblurrer:
         A start, then rounds of EM. The noise is sigma where no kernel was found.
 
         Each image keeps its first kernel that explains it, or the best of all; each search starts from other constants.
+        A doubtful image has no blur if no kernel predicts it as well as its own denoising does (`stein_risk`).
         """
         y, window, denoised = self._kernel_window(y, observation, ksize, tile)
         model = runtime.fit_to_size(self.model, window.size, tile)
@@ -707,6 +708,8 @@ class Deblurrer:
         light = denoised.clamp(min=0) ** observation.gamma
         found = delta_kernel(len(y), ksize).to(y)
         best, level = torch.full((len(y),), math.inf, device=y.device), window.sigma
+        least, offset, slope = DOUBTFUL_WIDTH
+        doubtful = widths < (offset + slope * window.sigma).clamp(min=least)
         for search in STARTS:
             k = search(light, ksize, window.canvas, window.seen)
             for run, inflation in enumerate(self.effort.inflations, 1):
@@ -714,18 +717,42 @@ class Deblurrer:
                 guide, last = PosteriorMean(inflation), _LastStep(record)
                 drawn = self._draw(model, window, EdgeEM(k), guide, schedule, noise_, last)
                 k = centre_by_pixels(drawn.kernel)
-            chi2 = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y))
-            better = ~(best <= CHI2_GOOD) & (chi2 < best)
+            misfit = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y)) / CHI2_GOOD
+            if bool(doubtful.any()):
+                misfit = torch.where(doubtful, self._relative_risk(model, y, window, k, seeds) / RISK_GOOD, misfit)
+            better = ~(best <= 1) & (misfit < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
-            best = torch.where(better, chi2, best)
+            best = torch.where(better, misfit, best)
             X, K = torch.fft.rfft2(last.x0_hat), ops.psf_to_otf(drawn.kernel, window.size)
             level = torch.where(better, noise_level(window, X, K), level)
-            if bool((best <= CHI2_GOOD).all()) or observation.y[0].numel() > SEARCH_AGAIN:
+            if bool((best <= 1).all()) or observation.y[0].numel() > SEARCH_AGAIN:
                 break
-        least, offset, slope = DOUBTFUL_WIDTH
-        sharp |= (widths < (offset + slope * observation.sigma).clamp(min=least)) & ~(best <= CHI2_UNEXPLAINED)
-        sharp |= (widths < NARROW_WIDTH) & (found.amax(dim=(1, 2, 3)) > NARROW_PEAK)
-        return found, sharp, level
+        return found, sharp | doubtful & ~(best <= 1), level
+
+    def _relative_risk(
+        self, model: torch.nn.Module, y: Tensor, window: Observation, k: Tensor, seeds: Tensor
+    ) -> Tensor:  # fmt: skip
+        """The risk of predicting y by its restoration with k, over that of denoising y, `(B,)`."""
+        canvas, seen = window.canvas or Canvas(*window.size, window.size), self._seen(y)
+        noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]))
+        schedule = Schedule.karras(self.effort.steps, SIGMA_MAX, SIGMA_MIN)
+
+        def reblurred(y: Tensor) -> Tensor:
+            observation = self._observe(y, window.sigma, canvas, window.gamma)
+            drawn = self._draw(
+                model, observation, Known(k), PosteriorMean(KERNEL_INFLATION), schedule, noise_, still=True
+            )
+            return y + reblur_residual(drawn, y, canvas, window.gamma, seen)
+
+        def denoised(y: Tensor) -> Tensor:
+            e = canvas.crop(denoise_observation(model, self._observe(y, window.sigma, canvas, window.gamma))) - y
+            return y + (e if seen is None else e * seen)
+
+        probe = PhiloxNoise(seeds, 1, tuple(y.shape[1:]), PROBE_RUN).start()[:, 0].sign()
+        if seen is not None:
+            probe = probe * seen
+        risk, plain = (stein_risk(explain, y, window.sigma, probe) for explain in (reblurred, denoised))
+        return risk / plain
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
         seen = self._seen(y)
