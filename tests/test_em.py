@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from fastem import ops
-from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, gradient_sums, noise_level
+from fastem.em import (
+    HQS,
+    EdgeEM,
+    Known,
+    delta_kernel,
+    denoise_observation,
+    diffusion_em,
+    gradient_sums,
+    noise_level,
+    stein_risk,
+)
 from fastem.guidance import PosteriorMean
 from fastem.initial import difference_spectra
 from fastem.metrics import kernel_correlation
@@ -244,3 +254,19 @@ def test_noise_level_is_that_of_the_residual_where_nothing_is_explained(canvas, 
     left = torch.fft.irfft2(observation.residual(X, K), s=size).square().mean(dim=(1, 2, 3, 4)).sqrt()
     assert not (left == pytest.approx(sigma, rel=0.06))
     assert noise_level(Observation.of(y, 0.1 * sigma, canvas), X, K).max() <= 0.2 * sigma.max() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.6, 1.0])
+def test_stein_risk_is_the_error_against_the_image_without_noise(gain):
+    """Of box means, mixed with y: their residual alone prefers the one that keeps all noise."""
+    x, sigma = picture(2, 96, 96).double(), torch.tensor([0.1, 0.05], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    y = x + sigma.view(-1, 1, 1, 1) * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    probe = torch.randn(x.shape, generator=generator, dtype=torch.float64).sign()
+
+    def explain(y):
+        return gain * y + (1 - gain) * torch.nn.functional.avg_pool2d(y, 3, 1, 1)
+
+    truth = ((explain(y) - x) / sigma.view(-1, 1, 1, 1)).square().mean(dim=(1, 2, 3))
+    found = stein_risk(explain, y, sigma, probe)
+    assert found.shape == (2,) and found == pytest.approx(truth, rel=0.03, abs=0.03)
