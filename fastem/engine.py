@@ -45,7 +45,6 @@ KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in units of the noise, is searched for again
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
-RISK_GOOD = 1.08  # of a kernel that proves itself, in units of the risk of denoising; of sharp images 1.095 and more
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
 PROBE_RUN = 1000  # the stream of the noise that probes, of which no restoration draws
@@ -719,7 +718,7 @@ class Deblurrer:
                 k = centre_by_pixels(drawn.kernel)
             misfit = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y)) / CHI2_GOOD
             if bool(doubtful.any()):
-                misfit = torch.where(doubtful, self._relative_risk(model, y, window, k, seeds) / RISK_GOOD, misfit)
+                misfit = torch.where(doubtful, self._relative_risk(model, y, window, k, seeds), misfit)
             better = ~(best <= 1) & (misfit < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
             best = torch.where(better, misfit, best)
