@@ -30,6 +30,7 @@ from fastem.schedules import Schedule, Step
 from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit_kernels
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
+BLIND_SIGMA = 2 / 255  # least noise to assume where the kernel is an estimate, whose errors act as noise
 LOSSY_SIGMA = 2 / 255  # least estimate for JPEG photos: what compression did to them, on the scale of white noise
 JPEG_INFLATION = 1.5  # of the error of the luminance: colours are stored coarser, and the error is not white
 MIN_SIDE = 8  # pixels
@@ -165,6 +166,7 @@ class _Job:
     alone: bool = False  # restored in a batch of its own
     sent: runtime.Arriving | None = None  # the image, ahead of its batch
     refine: bool = False  # sigma is a first guess, which the run may improve
+    upper: bool = False  # sigma is an upper limit
 
     @property
     def kind(self) -> tuple:
@@ -429,12 +431,13 @@ class Deblurrer:
             raise ValueError(f"seed must be a 64-bit integer, got {request.seed}")
         if kernel is None and self.method is Method.KNOWN:
             raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
-        used, notes = max(float(sigma), SIGMA_FLOOR), []
+        used, notes, upper = max(float(sigma), SIGMA_FLOOR), [], False
         if estimated and (picture.lossy if request.lossy is None else request.lossy):
             steps, least = picture.quantization if request.quantization is None else request.quantization, LOSSY_SIGMA
             if steps is not None:
                 least = max(least, JPEG_INFLATION * photo.jpeg_sigma(picture.y[0].permute(1, 2, 0).numpy(), steps))
-            if used < least:
+            upper = used < least
+            if upper:
                 found, used = 255 * sigma, least
                 notes.append(
                     f"W_LOSSY: {found:.2g} grey levels of noise survived compression; counted as {255 * least:.2g}"
@@ -446,8 +449,10 @@ class Deblurrer:
             settled = self._nothing_to_see(picture, used, estimated)
         ksize = self.kernel_size if kernel is None else tuple(kernel.shape[-2:])
         canvas = None if ksize is None else self._canvas(picture.y, ksize)
-        refine = estimated and used == sigma  # an upper limit stays
-        return _Job(picture, used, estimated, request.seed, kernel, canvas, notes, settled, self.varying, refine=refine)
+        return _Job(
+            picture, used, estimated, request.seed, kernel, canvas, notes, settled, self.varying,
+            refine=estimated and not upper, upper=upper,
+        )  # fmt: skip
 
     def _restore_jobs(
         self, jobs: Sequence[_Job], *, on_step: Any = None, tile: int | None = None,
@@ -509,8 +514,9 @@ class Deblurrer:
         def finish(i: int) -> Restoration | Exception:
             x, k, ok, e, s = (t[i] for t in leaving.get())
             job, level = jobs[i], float(s)
-            if job.refine and not math.isclose(level, job.sigma, rel_tol=1e-6):  # of float32
-                job = replace(job, sigma=level)
+            if not math.isclose(level, job.sigma, rel_tol=1e-6):  # of float32
+                upper = job.upper or math.isclose(level, BLIND_SIGMA, rel_tol=1e-6)
+                job = replace(job, sigma=level, upper=upper)
             return self._restoration(job, x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
 
         rows = range(len(jobs))
@@ -547,7 +553,7 @@ class Deblurrer:
             looked = self.varying and job.kernel is None
             advice = "nor does what --varying found; do not trust it" if looked else "--varying"
             notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): {advice}")
-        elif chi2 > 2 or chi2 < 0.5 and not any(n.startswith("W_LOSSY") for n in notes):  # that level is an upper one
+        elif chi2 > 2 or chi2 < 0.5 and not job.upper:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
         image = job.picture.back(self._one_of(samples, k, job.picture.y[0], job.sigma))
         return Restoration(
@@ -661,9 +667,11 @@ class Deblurrer:
                 return self._denoised(model, observation, ksize), canvas, trace, observation.sigma
             guide = self._guide(1.0 if kernel is not None else KERNEL_INFLATION)
             still = self.mode is Mode.MEAN and self.guidance is Guide.MEAN
+            plain = self._denoised(model, observation, ksize) if bool(sharp.any()) else None
+            if kernel is None:
+                observation = _blind(observation, ~sharp)
             drawn = self._draw(model, observation, Known(known), guide, schedule, philox(0), record, still)
-            if bool(sharp.any()):
-                plain = self._denoised(model, observation, ksize)
+            if plain is not None:
                 x = torch.where(sharp.view(-1, 1, 1, 1, 1), plain.x, drawn.x)
                 drawn = Sample(x, torch.where(sharp.view(-1, 1, 1, 1), plain.kernel, drawn.kernel))
         return drawn, canvas, trace, observation.sigma
@@ -701,14 +709,15 @@ class Deblurrer:
         widths = self._edge_widths(window, denoised)
         sharp = widths < SHARP_WIDTH
         if bool(sharp.all()):
-            return delta_kernel(len(y), ksize).to(y), sharp, window.sigma
-        canvas = window.canvas or Canvas(*window.size, window.size)
+            return delta_kernel(len(y), ksize).to(y), sharp, observation.sigma
+        canvas, sigma = window.canvas or Canvas(*window.size, window.size), window.sigma
+        window = _blind(window)
         schedule = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SEARCH_SIGMA_MIN)
         light = denoised.clamp(min=0) ** observation.gamma
         found = delta_kernel(len(y), ksize).to(y)
-        best, level = torch.full((len(y),), math.inf, device=y.device), window.sigma
+        best, level = torch.full((len(y),), math.inf, device=y.device), sigma
         least, offset, slope = DOUBTFUL_WIDTH
-        doubtful = widths < (offset + slope * window.sigma).clamp(min=least)
+        doubtful = widths < (offset + slope * sigma).clamp(min=least)
         for search in STARTS:
             k = search(light, ksize, window.canvas, window.seen)
             for run, inflation in enumerate(self.effort.inflations, 1):
@@ -718,7 +727,7 @@ class Deblurrer:
                 k = centre_by_pixels(drawn.kernel)
             misfit = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y)) / CHI2_GOOD
             if bool(doubtful.any()):
-                misfit = torch.where(doubtful, self._relative_risk(model, y, window, k, seeds), misfit)
+                misfit = torch.where(doubtful, self._relative_risk(model, y, window, k, sigma, seeds), misfit)
             better = ~(best <= 1) & (misfit < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
             best = torch.where(better, misfit, best)
@@ -729,9 +738,9 @@ class Deblurrer:
         return found, sharp | doubtful & ~(best <= 1), level
 
     def _relative_risk(
-        self, model: torch.nn.Module, y: Tensor, window: Observation, k: Tensor, seeds: Tensor
+        self, model: torch.nn.Module, y: Tensor, window: Observation, k: Tensor, sigma: Tensor, seeds: Tensor
     ) -> Tensor:  # fmt: skip
-        """The risk of predicting y by its restoration with k, over that of denoising y, `(B,)`."""
+        """The risk of predicting y by its restoration with k, over that of denoising y, `(B,)`; sigma of the noise."""
         canvas, seen = window.canvas or Canvas(*window.size, window.size), self._seen(y)
         noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]))
         schedule = Schedule.karras(self.effort.steps, SIGMA_MAX, SIGMA_MIN)
@@ -744,13 +753,13 @@ class Deblurrer:
             return y + reblur_residual(drawn, y, canvas, window.gamma, seen)
 
         def denoised(y: Tensor) -> Tensor:
-            e = canvas.crop(denoise_observation(model, self._observe(y, window.sigma, canvas, window.gamma))) - y
+            e = canvas.crop(denoise_observation(model, self._observe(y, sigma, canvas, window.gamma))) - y
             return y + (e if seen is None else e * seen)
 
         probe = PhiloxNoise(seeds, 1, tuple(y.shape[1:]), PROBE_RUN).start()[:, 0].sign()
         if seen is not None:
             probe = probe * seen
-        risk, plain = (stein_risk(explain, y, window.sigma, probe) for explain in (reblurred, denoised))
+        risk, plain = (stein_risk(explain, y, sigma, probe) for explain in (reblurred, denoised))
         return risk / plain
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
@@ -851,6 +860,12 @@ class _LastStep:
         self.record(step, x0_hat, k)
         if step.index == 0:
             self.x0_hat = x0_hat.clone()
+
+
+def _blind(observation: Observation, where: Tensor | bool = True) -> Observation:
+    """With the noise that a run with an estimated kernel assumes; `where` `(B,)`, bool."""
+    sigma = observation.sigma
+    return replace(observation, sigma=torch.where(torch.as_tensor(where), sigma.clamp(min=BLIND_SIGMA), sigma))
 
 
 def _rule(guide: Guidance) -> Rule:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastem import ops
 from fastem.engine import (
+    BLIND_SIGMA,
     EFFORTS,
     LOSSY_SIGMA,
     SHARP_WIDTH,
@@ -320,6 +321,19 @@ def test_sigma():
     assert silent.sigma == SIGMA_FLOOR
     assert_sane(silent)
     assert any(w.startswith("W_SIGMA") for w in silent.warnings)  # the residual is far above the floor
+
+
+def test_a_blind_run_counts_the_errors_of_its_kernel_as_noise():
+    """At least two grey levels where the kernel is an estimate; a sharp image is denoised by what it has."""
+    _, k, y = blurred(64, 64, seed=3, size=9, sigma=0.002)
+    blind, given = quick(kernel_size=9)(y, sigma=0.002), quick(kernel_size=9)(y, sigma=0.002, kernel=k)
+    assert blind.sigma == pytest.approx(BLIND_SIGMA) and given.sigma == 0.002
+    assert not any(w.startswith("W_SIGMA") for w in blind.warnings) or blind.reblur > 2  # it is an upper limit
+    assert quick(kernel_size=9)(y, sigma=0.03).sigma == 0.03
+    sharp = degrade(edges(96, 96, seed=3), np.ones((1, 1)), 0.002, 3)
+    r = quick(guard=True)(sharp, sigma=0.002)
+    assert r.kernel.max() == 1 and r.sigma == 0.002
+    assert quick(compat="released", guard=False)(y, sigma=0.002).sigma == 0.002
 
 
 def test_estimates_of_lossy_photos_have_a_floor(tmp_path):

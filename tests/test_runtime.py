@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastem import runtime
-from fastem.engine import LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer
+from fastem.engine import BLIND_SIGMA, LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer
 from fastem.models import EpsModel, NaturalConfig, NaturalPrior
 from fastem.models.eps import DenoiserEps
 
@@ -80,7 +80,7 @@ def test_estimates_of_lossy_files_have_a_floor(tmp_path):
         assert result.sigma > SIGMA_FLOOR and result.sigma_estimated
         assert any(warning.startswith("W_LOSSY") for warning in result.warnings)
     for result in (engine(pixels), engine(tmp_path / "a.jpg", sigma=1 / 255), engine(tmp_path / "a.jpg", lossy=False)):
-        assert result.sigma < LOSSY_SIGMA and not any("W_LOSSY" in warning for warning in result.warnings)
+        assert result.sigma == pytest.approx(BLIND_SIGMA) and not any("W_LOSSY" in w for w in result.warnings)
     noisy = engine(scene(8), lossy=True)  # noise that survived counts as it is
     assert noisy.sigma > 2 * LOSSY_SIGMA and not any("W_LOSSY" in warning for warning in noisy.warnings)
 

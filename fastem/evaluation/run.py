@@ -114,8 +114,8 @@ def network_flops(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def assumed_sigma(problem: Problem) -> float:
-    """The noise that chi^2 is measured in and baselines are given, image units: the true one, or the estimate that the
-    engine starts from (`Deblurrer.__call__`), so that all methods of a case share it."""
+    """The noise that chi^2 is measured in and baselines are given, image units: the true one, or the estimate of the
+    engine (`Deblurrer.__call__`) before a blind run counts the errors of its kernel, so that all methods share it."""
     if problem.sigma is not None:
         return max(problem.sigma, SIGMA_FLOOR)
     sigma = max(noise.estimate_sigma(problem.y), SIGMA_FLOOR)
