@@ -6,7 +6,8 @@
 #   make gpu-test   the tests that need a GPU, and make gpu-sanitize where compute-sanitizer is found
 #   make bench      the benchmarks of a CPU, about an hour; make gpu-bench: those of a GPU, with REFERENCE=path beside the
 #                   released program; both leave JSON in benchmarks/results/ and the table in benchmarks/README.md
-#   make results    DATA=folder of test images (docs/evaluation.md): measures quality anew and writes docs/results.md
+#   make results    DATA=folder of test images (docs/evaluation.md): measures quality anew, writes docs/results.md;
+#                   about two hours on two cores; called again, it goes on where it was stopped
 #   make lint  make wheel  make clean
 
 PYTHON ?= python3
@@ -70,14 +71,30 @@ bench: $(VENV)/.dev $(VENV)/.native
 	  --compare $(CPU_JSON)-profile-native.json
 	$(BIN)/python benchmarks/report.py
 
+# A part of each protocol: the shard of public, images per source of the others; pairs, real and noblur are run whole.
 RESULTS ?= build/results
-RESULTS_LIMIT ?= 8
+RESULTS_PUBLIC ?= 1/5
+RESULTS_ROBUST ?= 6
+RESULTS_TABLE1 ?= 4
+RESULTS_FIG4 ?= 8
+RESULTS_FIG1 ?= 4
+RESULTS_FIG5 ?= 4
+RESULTS_TABLE2 ?= 2
+EVALUATE = $(BIN)/fastem evaluate $(1) --data "$(DATA)" -o $(RESULTS)/$(1)
 results: $(VENV)/.dev $(VENV)/.native
-	$(BIN)/fastem evaluate quick --data "$(DATA)" -o $(RESULTS)/quick --limit $(RESULTS_LIMIT)
-	$(BIN)/fastem evaluate fig4 --data "$(DATA)" -o $(RESULTS)/fig4 --limit $(RESULTS_LIMIT)
-	$(BIN)/fastem evaluate pairs --data "$(DATA)" -o $(RESULTS)/pairs
-	$(BIN)/fastem evaluate real --data "$(DATA)" -o $(RESULTS)/real
-	$(BIN)/python benchmarks/results.py $(addprefix $(RESULTS)/,quick fig4 pairs real)
+	$(call EVALUATE,public) --shard $(RESULTS_PUBLIC) \
+	  --methods "fastem,fastem, true kernel,l0 MAP,Wiener, true kernel"
+	$(call EVALUATE,robust) --limit $(RESULTS_ROBUST)
+	$(call EVALUATE,table1) --limit $(RESULTS_TABLE1)
+	$(call EVALUATE,pairs)
+	$(call EVALUATE,real)
+	$(call EVALUATE,noblur)
+	$(call EVALUATE,fig4) --limit $(RESULTS_FIG4)
+	$(call EVALUATE,fig1) --limit $(RESULTS_FIG1)
+	$(call EVALUATE,fig5) --limit $(RESULTS_FIG5)
+	$(call EVALUATE,table2) --limit $(RESULTS_TABLE2)
+	$(BIN)/python benchmarks/results.py --data "$(DATA)" \
+	  $(addprefix $(RESULTS)/,public robust table1 pairs real noblur fig4 fig1 fig5 table2)
 
 GPU_JSON := benchmarks/results/gpu
 FFHQ := --prior ffhq-random --guidance pigdm --dtype float16 --channels-last --device cuda

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastem import ops, profiling
+from fastem import evaluation, ops, profiling
+from fastem.evaluation.run import KEY, write_rows
 from fastem.models import NaturalConfig, NaturalPrior, UNet, UNetConfig, load_kernel_denoiser
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -319,3 +322,148 @@ def test_cells_of_a_gpu():
 
 def test_the_committed_table_is_that_of_the_committed_files():
     assert script("report").main(["--check"]) == 0, "run python benchmarks/report.py"
+
+
+# --------------------------------------------------------------------------------------------------- wanted and reached
+
+
+def row(method: str, image="a", sigma="5", boundary="circular", source="synthetic", **facts) -> dict:
+    case = {"source": source, "set": "sharp", "image": image, "family": "shake", "kernel": "k", "sigma": sigma,
+            "boundary": boundary, "seed": "0"}  # fmt: skip
+    return {"method": method, **case, "observation": "-".join(case.values()), **facts}
+
+
+def psnr(of: dict[str, float], **where) -> list[dict]:
+    return [row(method, psnr_aligned=value, **where) for method, value in of.items()]
+
+
+RELEASED = "Fast EM, released"
+WORK = {"fastem": 10.0, RELEASED: 100.0}  # GFLOP
+MEASURED = [  # what, the rows of each protocol, what is found, whether it holds
+    ("gain of blind",
+     {"public": [row("fastem", gain=3.5), row("fastem", "b", gain=4.5), row("fastem", sigma="20", gain=0)]},
+     "+4.00 [+3.50, +4.50] dB (2 images, 2 cases)", "yes"),
+    ("gain of blind", {"public": [row("fastem", gain=2.0), row("fastem", sigma="10", gain=3.0)]},
+     "+2.50 dB (1 image, 2 cases)", "no"),
+    ("its kernel", {"public": [row("fastem", str(c), kernel_correlation=c) for c in (0.1, 0.8, 0.9)]},
+     "0.800 (3 cases)", "yes"),
+    ("relative error of the kernel, sharp image known, sigma 10",
+     {"fig4": [row("simplex", sigma="5", kernel_error=0.9), row("simplex", sigma="10", kernel_error=0.04),
+               row("pnp, released", sigma="10", kernel_error=0.06)]},
+     "0.0400 (1 image, 1 case); pnp, released: 0.0600 (1 image, 1 case)", "yes"),
+    ("fastem minus Fast EM",  # the case that table1 and fig5 share counts once, one without an opponent not at all
+     {"table1": psnr({"fastem": 25.0, RELEASED: 23.5}) + psnr({"fastem": 9.0}, image="b"),
+      "fig5": psnr({"fastem": 25.0, RELEASED: 23.5})},
+     "+1.50 dB (1 image, 1 case)", "yes"),
+    ("cases in which fastem",
+     {"table1": psnr({"fastem": 25.0, RELEASED: 23.5}) + psnr({"fastem": 22.0, RELEASED: 23.5}, image="b")},
+     "50.0 % (1 of 2 cases)", "no"),
+    ("PiGDM", {"table1": psnr({"fastem": 25.0, "PiGDM, true kernel": 26.5})}, "+1.50 dB (1 image, 1 case)", "no"),
+    ("work over", {"fig5": [r | {"gflop": WORK[r["method"]]} for r in psnr({"fastem": 25.0, RELEASED: 24.0})]},
+     "0.100 (10 / 100 GFLOP); PSNR +1.00 dB (1 image, 1 case)", "yes"),
+    ("work over", {"fig5": [r | {"gflop": WORK[r["method"]]} for r in psnr({"fastem": 23.0, RELEASED: 24.0})]},
+     "0.100 (10 / 100 GFLOP); PSNR -1.00 dB (1 image, 1 case)", "no"),
+    ("the same of the preset turbo",  # on what robust and table1 share
+     {"robust": [row("fastem, turbo", psnr_aligned=25.0, gflop=25.0), row("fastem, turbo", "b", gflop=9.0)],
+      "table1": [row(RELEASED, psnr_aligned=24.0, gflop=100.0)]},
+     "0.250 (25 / 100 GFLOP); PSNR +1.00 dB (1 image, 1 case)", "no"),
+    ("cases worse",
+     {"public": [row("fastem", gain=1.0), row("fastem", "b", error="it broke"), row("fastem", sigma="20", gain=-1)]},
+     "50.0 % (1 of 2 cases); sigma 20: 100.0 % (1 of 1 case)", "no"),
+    ("no blur: fastem",
+     {"noblur": psnr({"fastem": 30.0, "denoising": 30.4}) + psnr({"fastem": 29.0, "denoising": 30.0}, image="b")},
+     "-1.00 dB (b, sigma 5); 1 of 2 cases hold", "no"),
+    ("no blur: kernels", {"noblur": [row("fastem", kernel_correlation=1.0), row("denoising", kernel_correlation=0.5)]},
+     "100.0 % (1 of 1 case)", "yes"),
+    ("mean gain, circular minus valid, sigma 10",
+     {"public": [row("fastem", sigma="10", gain=4.0), row("fastem", "b", "10", "valid", gain=3.75)]},
+     "0.25 dB: circular +4.00 dB (1 image, 1 case), valid +3.75 dB (1 image, 1 case)", "yes"),
+    ("noise not known", {"robust": psnr({"fastem": 25.0, "fastem, sigma unknown": 24.5})},
+     "-0.50 dB (1 image, 1 case)", "no"),
+    ("size of the kernel", {"robust": psnr({"fastem": 25.0, "fastem, kernel size auto": 24.75})},
+     "-0.25 dB (1 image, 1 case)", "yes"),
+    ("varying", {"robust": psnr({"fastem": 25.0, "fastem, varying": 24.5})}, "0.500 dB at most (1 case)", "no"),
+    ("gain, Lai et al., mode sample",
+     {"pairs": [row("fastem", gain=1.0, source="lai_pairs"), row("fastem, sample", gain=2.0, source="lai_pairs"),
+                row("fastem, sample", gain=3.0, source="gopro_pairs")]},
+     "+2.00 dB (1 image, 1 case)", ""),
+    ("preset turbo", {"robust": psnr({"fastem": 25.0, "fastem, turbo": 24.5})}, "-0.50 dB (1 image, 1 case)", ""),
+    ("mode sample", {"robust": psnr({"fastem": 25.0, "fastem, sample": 24.5})}, "-0.50 dB (1 image, 1 case)", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, rows, reached, holds", MEASURED, ids=[what for what, *_ in MEASURED])
+def test_a_wanted_figure_is_found(what, rows, reached, holds):
+    _, table, _ = script("results").wanted_and_reached(rows)
+    (line,) = [line for line in table.rows if line[0].startswith(what)]
+    assert (line[2], line[4]) == (reached, holds)
+
+
+def test_what_was_not_run_was_not_measured():
+    _, table, _ = script("results").wanted_and_reached({})
+    assert len({line[0] for line in table.rows}) == len(table.rows)
+    assert {(line[2], line[4]) for line in table.rows} == {("", "not measured")}
+    known = set(evaluation.names())
+    assert {name for line in table.rows for name in line[3].split(", ")} <= known
+
+
+def test_different_observations_are_not_compared():
+    rows = [row("fastem", psnr_aligned=25.0), row(RELEASED, psnr_aligned=23.5, observation="another")]
+    with pytest.raises(ValueError, match="different observations"):
+        script("results").wanted_and_reached({"table1": rows})
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for folder in ("sharp", "faces"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "data" / folder / f"{folder}{i}.png")
+    return tmp_path / "data"
+
+
+def evaluated(folder: Path, data: Path, limit: int | None = None, shard=(1, 1), methods=None, drop: int = 0) -> Path:
+    """A folder as `fastem evaluate fig5` leaves it, with rows of nothing."""
+    protocol = evaluation.load_protocol("fig5")
+    run = {"protocol": protocol.to_dict(), "configs": dict.fromkeys(methods or protocol.methods, {}), "program": "0",
+           "machine": {"cpu": "", "gpu": "", "fastem": "", "torch": "", "threads": 1}}  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(run))
+    cases = evaluation.list_cases(protocol, data, limit)[shard[0] - 1 :: shard[1]]
+    name = "rows.csv" if shard == (1, 1) else f"rows.{shard[0]}of{shard[1]}.csv"
+    facts = {"observation": "0", "psnr_aligned": 20.0}
+    rows = [{"method": m, **dict(zip(KEY, c.key, strict=True)), **facts} for c in cases[drop:] for m in run["configs"]]
+    write_rows(folder / name, rows)
+    return folder
+
+
+def test_the_command_is_that_of_the_run(tmp_path, pictures):
+    command, typed = script("results").command, "`fastem evaluate fig5 --data folder -o results/fig5"
+    everything = "10 images (5 of faces, 5 of sharp)."
+    assert command(evaluated(tmp_path / "a", pictures), pictures) == f"{typed}`: {everything}"
+    limited = evaluated(tmp_path / "b", pictures, limit=2)
+    assert command(limited, pictures) == f"{typed} --limit 2`: 2 images (faces0, sharp0)."
+    methods = ["fastem", "fastem, true kernel"]
+    shard = evaluated(tmp_path / "c", pictures, shard=(1, 3), methods=methods)
+    wanted = f'{typed} --methods "fastem,fastem, true kernel" --shard 1/3`'
+    assert command(shard, pictures).startswith(f"{wanted}: 7 images (")
+    evaluated(shard, pictures, shard=(3, 3), methods=methods)
+    assert command(shard, pictures).startswith(f"{wanted}, {wanted.replace('1/3', '3/3')}: 10 images")
+    evaluated(shard, pictures, shard=(2, 3), methods=methods)
+    assert "--shard" not in command(shard, pictures)  # all of them
+    ended = evaluated(tmp_path / "d", pictures, drop=1)
+    assert command(ended, pictures) == f"{typed}`: {everything} The run is not finished, or its pictures changed since."
+
+
+def test_results_begin_with_what_is_wanted_and_keep_the_main_tables(tmp_path, pictures):
+    folder, out = evaluated(tmp_path / "a", pictures), tmp_path / "docs" / "results.md"
+    script("results").main([str(folder), "--data", str(pictures), "-o", str(out)])
+    headings = [line for line in out.read_text().splitlines() if line.startswith("#")]
+    assert headings == [
+        "# Results", "## Wanted and reached", "## Out of distribution (Fig. 5 of Fast Diffusion EM)", "### All cases",
+        "### Images of faces", "### Images of sharp", "## How to read this",
+    ]  # fmt: skip
+    assert (
+        "| fastem minus Fast EM, released | >= 1 dB | +0.00 [+0.00, +0.00] dB (10 images, 20 cases) |"
+        in out.read_text()
+    )
