@@ -144,14 +144,19 @@ def deltas(rows: list[Row]) -> Figure | None:
 
 
 def behind(rows: list[Row], sigma: str) -> Figure | None:
-    """Different cases where the run was a shard: means, not pairs."""
+    """Circular minus valid, of the same image, kernel and noise: a shard holds one of them without the other."""
     circular, valid = (
-        average(pick(rows, "fastem", sigma=(sigma,), boundary=(edge,)), "gain") for edge in ("circular", "valid")
+        {
+            (row["image"], row["kernel"]): row
+            for row in pick(rows, "fastem", sigma=(sigma,), boundary=(edge,))
+            if "gain" in row
+        }
+        for edge in ("circular", "valid")
     )
-    if circular is None or valid is None:
-        return None
-    value = circular.value - valid.value
-    return Figure(value, f"{value:.2f} dB: circular {circular.text}, valid {valid.text}")
+    return average(
+        [circular[key] | {"difference": circular[key]["gain"] - valid[key]["gain"]} for key in circular.keys() & valid],
+        "difference",
+    )
 
 
 def largest(rows: list[Row], a: str, b: str) -> Figure | None:
@@ -184,9 +189,9 @@ RELEASED = "Fast EM, released"
 LOW_NOISE = ("5", "10")
 SOURCES = {"lai_pairs": "Lai et al.", "fastdiffusionem": "published samples", "gopro_pairs": "GoPro"}
 WANTED = [
-    Wanted("gain of blind restoration over its input, sigma 5 and 10", ">= 3 dB", "public",
+    Wanted("gain of blind restoration over its input, sigma 5 and 10", ">= 3 dB", "public recorded",
            lambda rows: average(pick(rows, "fastem", sigma=LOW_NOISE), "gain")),
-    Wanted("its kernel: median correlation with the true one", ">= 0.8", "public",
+    Wanted("its kernel: median correlation with the true one", ">= 0.8", "public recorded",
            lambda rows: median_correlation(pick(rows, "fastem", sigma=LOW_NOISE))),
     *(Wanted(f"relative error of the kernel, sharp image known, sigma {sigma}", f"<= {bound}", "fig4",
              partial(known_image, sigma=sigma)) for sigma, bound in (("5", 0.02), ("10", 0.05), ("20", 0.12))),
@@ -198,10 +203,10 @@ WANTED = [
     Wanted("work over that of Fast EM, released, at no less PSNR", "<= 0.2", "table1 fig5",
            partial(cost, method="fastem")),
     Wanted("the same of the preset turbo", "<= 0.2", "robust table1 fig5", partial(cost, method="fastem, turbo")),
-    Wanted("cases worse than their input, sigma 5 and 10", "<= 2 %", "public", failures),
+    Wanted("cases worse than their input, sigma 5 and 10", "<= 2 %", "public recorded", failures),
     Wanted("no blur: fastem minus denoising, worst case", ">= -0.5 dB", "noblur", no_blur),
     Wanted("no blur: kernels that are a delta", ">= 100 %", "noblur", deltas),
-    *(Wanted(f"mean gain, circular minus valid, sigma {sigma}", "<= 0.5 dB", "public", partial(behind, sigma=sigma))
+    *(Wanted(f"gain, circular minus valid, sigma {sigma}", "<= 0.5 dB", "recorded", partial(behind, sigma=sigma))
       for sigma in LOW_NOISE),
     Wanted("noise not known, minus known", ">= -0.1 dB", "robust",
            partial(difference, a="fastem, sigma unknown", b="fastem")),
@@ -218,7 +223,7 @@ WANTED = [
 HOW_TO_READ_WANTED = (
     "Means and, in brackets, 95 % intervals; the settings of one image are averaged first. What holds is the figure "
     "itself, not the end of its interval. PSNR is aligned; differences are those of two methods on the same "
-    "observation. Circular and valid borders may stand for different images."
+    "observation."
 )
 
 
