@@ -48,7 +48,8 @@ SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narro
 DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
-PROBE_RUN = 1000  # the stream of the noise that probes, of which no restoration draws
+PROBE_RUN = 1000  # the streams of the noise that judges, of which no restoration draws
+JUDGED_SIGMA = 5 / 255  # least noise under which a kernel proves itself
 GAMMAS = (1.0, 2.2)  # that "auto" tries
 STARTS = (CoarseToFine(), CoarseToFine(ridge=0.3), CoarseToFine(sparsity=1e-2), CoarseToFine(sparsity=2e-2))
 
@@ -740,26 +741,31 @@ class Deblurrer:
     def _relative_risk(
         self, model: torch.nn.Module, y: Tensor, window: Observation, k: Tensor, sigma: Tensor, seeds: Tensor
     ) -> Tensor:  # fmt: skip
-        """The risk of predicting y by its restoration with k, over that of denoising y, `(B,)`; sigma of the noise."""
+        """The risk of predicting y by its restoration with k, over that of denoising y, `(B,)`; sigma of the noise.
+
+        Both get y with as much more noise as brings it to `JUDGED_SIGMA`: without noise denoising is hard to beat.
+        """
         canvas, seen = window.canvas or Canvas(*window.size, window.size), self._seen(y)
         noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]))
         schedule = Schedule.karras(self.effort.steps, SIGMA_MAX, SIGMA_MIN)
 
         def reblurred(y: Tensor) -> Tensor:
-            observation = self._observe(y, window.sigma, canvas, window.gamma)
+            observation = self._observe(y, judged, canvas, window.gamma)
             drawn = self._draw(
                 model, observation, Known(k), PosteriorMean(KERNEL_INFLATION), schedule, noise_, still=True
             )
             return y + reblur_residual(drawn, y, canvas, window.gamma, seen)
 
         def denoised(y: Tensor) -> Tensor:
-            e = canvas.crop(denoise_observation(model, self._observe(y, sigma, canvas, window.gamma))) - y
+            e = canvas.crop(denoise_observation(model, self._observe(y, judged, canvas, window.gamma))) - y
             return y + (e if seen is None else e * seen)
 
-        probe = PhiloxNoise(seeds, 1, tuple(y.shape[1:]), PROBE_RUN).start()[:, 0].sign()
+        judged = sigma.clamp(min=JUDGED_SIGMA)
+        more, probe = (PhiloxNoise(seeds, 1, tuple(y.shape[1:]), PROBE_RUN + i).start()[:, 0] for i in range(2))
+        y, probe = y + (judged**2 - sigma**2).sqrt().view(-1, 1, 1, 1) * more, probe.sign()
         if seen is not None:
             probe = probe * seen
-        risk, plain = (stein_risk(explain, y, sigma, probe) for explain in (reblurred, denoised))
+        risk, plain = (stein_risk(explain, y, judged, probe) for explain in (reblurred, denoised))
         return risk / plain
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
