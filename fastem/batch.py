@@ -16,7 +16,7 @@ import stat
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -523,7 +523,7 @@ def _is_done(outputs: dict[str, Path], request: str, sha256: str) -> bool:
     return same and all(path.is_file() for path in wanted)
 
 
-def _publish(files: dict[Path, bytes], outdated: Iterable[Path]) -> None:
+def _publish(files: dict[Path, bytes], outdated: Sequence[Path]) -> None:
     """Writes all files under temporary names, then renames them in order; if writing fails nothing has changed.
 
     What an earlier result left under the names `outdated` goes.
@@ -539,7 +539,7 @@ def _publish(files: dict[Path, bytes], outdated: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         hint = "Free some space or choose another folder; finished results are complete"
-        folder = shown(next(iter(files)).parent)
+        folder = shown([*files, *outdated][0].parent)
         raise OutputError("E_OUTPUT", f"cannot write to {folder}: {error.strerror or error}", hint) from None
 
 

@@ -350,7 +350,8 @@ class Deblurrer:
 
         Args:
             image: ndarray `(H, W[, C])`, tensor `(C, H, W)`, PIL image or path; uint8, uint16 or float in [0, 1].
-            sigma: std of the noise in image units (8-bit 5 is 5 / 255); None estimates it.
+            sigma: std of the noise in image units (8-bit 5 is 5 / 255); None estimates it. Where the kernel is searched
+                for, at least 2 / 255 is assumed: its errors act as noise.
             seed: same seed, same restoration.
             kernel: `(h, w)`, the blur where it is known, >= 0; it is normalised to sum 1.
             lossy: whether the image went through JPEG or the like: compression takes the noise, which the estimate then
@@ -470,7 +471,8 @@ class Deblurrer:
             return tried[0]
         best = []
         for results in zip(*tried, strict=True):
-            good = [(r.reblur, g, r) for r, g in zip(results, self.gammas, strict=True) if isinstance(r, Restoration)]
+            restored = [(g, r) for g, r in zip(self.gammas, results, strict=True) if isinstance(r, Restoration)]
+            good = [(r.reblur * r.sigma**2, g, r) for g, r in restored]  # each has a sigma of its own
             best.append(min(good, key=lambda found: found[0])[2] if good else results[0])
             if good:
                 gamma = min(good, key=lambda found: found[0])[1]
@@ -652,7 +654,8 @@ class Deblurrer:
             elif self.m_step == "hqs":
                 estimator = HQS(prior, ksize, compat=self.compat, r2_ridge=self.r2_term)
                 guide = self._guide(INFLATION)
-                drawn = self._draw(model, observation, estimator, guide, schedule, philox(0 if once else 1), record)
+                assumed = observation if once else _blind(observation)
+                drawn = self._draw(model, assumed, estimator, guide, schedule, philox(0 if once else 1), record)
                 if once:
                     return drawn, canvas, trace, observation.sigma
                 known, sharp = drop_faint(drawn.kernel), torch.zeros(len(y), dtype=torch.bool, device=y.device)
@@ -670,7 +673,7 @@ class Deblurrer:
             still = self.mode is Mode.MEAN and self.guidance is Guide.MEAN
             plain = self._denoised(model, observation, ksize) if bool(sharp.any()) else None
             if kernel is None:
-                observation = _blind(observation, ~sharp)
+                observation = _blind(observation, sharp)
             drawn = self._draw(model, observation, Known(known), guide, schedule, philox(0), record, still)
             if plain is not None:
                 x = torch.where(sharp.view(-1, 1, 1, 1, 1), plain.x, drawn.x)
@@ -716,9 +719,9 @@ class Deblurrer:
         schedule = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SEARCH_SIGMA_MIN)
         light = denoised.clamp(min=0) ** observation.gamma
         found = delta_kernel(len(y), ksize).to(y)
-        best, level = torch.full((len(y),), math.inf, device=y.device), sigma
+        best, level = torch.where(sharp, 0.0, math.inf), sigma  # nothing to find where it is sharp
         least, offset, slope = DOUBTFUL_WIDTH
-        doubtful = widths < (offset + slope * sigma).clamp(min=least)
+        doubtful = ~sharp & (widths < (offset + slope * sigma).clamp(min=least))
         for search in STARTS:
             k = search(light, ksize, window.canvas, window.seen)
             for run, inflation in enumerate(self.effort.inflations, 1):
@@ -727,8 +730,9 @@ class Deblurrer:
                 drawn = self._draw(model, window, EdgeEM(k), guide, schedule, noise_, last)
                 k = centre_by_pixels(drawn.kernel)
             misfit = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y)) / CHI2_GOOD
-            if bool(doubtful.any()):
-                misfit = torch.where(doubtful, self._relative_risk(model, y, window, k, sigma, seeds), misfit)
+            if bool((doubtful & ~(best <= 1)).any()):
+                above = self._risk_above_denoising(model, y, window, k, sigma, seeds)
+                misfit = torch.where(doubtful, 1 + above, misfit)
             better = ~(best <= 1) & (misfit < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
             best = torch.where(better, misfit, best)
@@ -738,35 +742,37 @@ class Deblurrer:
                 break
         return found, sharp | doubtful & ~(best <= 1), level
 
-    def _relative_risk(
+    def _risk_above_denoising(
         self, model: torch.nn.Module, y: Tensor, window: Observation, k: Tensor, sigma: Tensor, seeds: Tensor
     ) -> Tensor:  # fmt: skip
-        """The risk of predicting y by its restoration with k, over that of denoising y, `(B,)`; sigma of the noise.
+        """The risk of predicting y by its restoration with k, less that of denoising y, `(B,)`; sigma of the noise.
 
         Both get y with as much more noise as brings it to `JUDGED_SIGMA`: without noise denoising is hard to beat.
+        Their difference is right also where sigma is too large, as it is for photos that were compressed.
         """
         canvas, seen = window.canvas or Canvas(*window.size, window.size), self._seen(y)
+        judged = sigma.clamp(min=JUDGED_SIGMA)
         noise_ = PhiloxNoise(seeds, self.particles, tuple(window.y.shape[1:]))
         schedule = Schedule.karras(self.effort.steps, SIGMA_MAX, SIGMA_MIN)
 
+        def observed(y: Tensor) -> Observation:
+            return replace(window, y=canvas.extend(y), sigma=judged)
+
         def reblurred(y: Tensor) -> Tensor:
-            observation = self._observe(y, judged, canvas, window.gamma)
-            drawn = self._draw(
-                model, observation, Known(k), PosteriorMean(KERNEL_INFLATION), schedule, noise_, still=True
-            )
+            guide = PosteriorMean(KERNEL_INFLATION)
+            drawn = self._draw(model, observed(y), Known(k), guide, schedule, noise_, still=True)
             return y + reblur_residual(drawn, y, canvas, window.gamma, seen)
 
         def denoised(y: Tensor) -> Tensor:
-            e = canvas.crop(denoise_observation(model, self._observe(y, judged, canvas, window.gamma))) - y
+            e = canvas.crop(denoise_observation(model, observed(y))) - y
             return y + (e if seen is None else e * seen)
 
-        judged = sigma.clamp(min=JUDGED_SIGMA)
         more, probe = (PhiloxNoise(seeds, 1, tuple(y.shape[1:]), PROBE_RUN + i).start()[:, 0] for i in range(2))
         y, probe = y + (judged**2 - sigma**2).sqrt().view(-1, 1, 1, 1) * more, probe.sign()
         if seen is not None:
             probe = probe * seen
         risk, plain = (stein_risk(explain, y, judged, probe) for explain in (reblurred, denoised))
-        return risk / plain
+        return risk - plain
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
         seen = self._seen(y)
@@ -868,10 +874,10 @@ class _LastStep:
             self.x0_hat = x0_hat.clone()
 
 
-def _blind(observation: Observation, where: Tensor | bool = True) -> Observation:
-    """With the noise that a run with an estimated kernel assumes; `where` `(B,)`, bool."""
-    sigma = observation.sigma
-    return replace(observation, sigma=torch.where(torch.as_tensor(where), sigma.clamp(min=BLIND_SIGMA), sigma))
+def _blind(observation: Observation, sharp: Tensor | None = None) -> Observation:
+    """With the noise that a run with an estimated kernel assumes; not for images that are `sharp`, `(B,)`, bool."""
+    sigma = observation.sigma.clamp(min=BLIND_SIGMA)
+    return replace(observation, sigma=sigma if sharp is None else torch.where(sharp, observation.sigma, sigma))
 
 
 def _rule(guide: Guidance) -> Rule:

@@ -214,6 +214,8 @@ def test_nothing_to_deblur(monkeypatch):
     sharp = degrade(edges(96, 96, seed=3), np.ones((1, 1)), 0.02, 3)
     r = quick(guard=True)(sharp, sigma=0.02)
     assert r.kernel.max() == 1 and r.trace and any(w.startswith("W_NO_BLUR") for w in r.warnings)  # by its kernel
+    for level in (0.03, 0.04):  # noise that is told too large must not turn the judgement round
+        assert quick(guard=True)(sharp, sigma=level).kernel.max() == 1
     searched = quick(guard=False)(sharp, sigma=0.02)
     assert searched.kernel.max() < 1 and searched.trace
     assert psnr(r.image, edges(96, 96, seed=3)) > psnr(searched.image, edges(96, 96, seed=3)) + 1

@@ -114,8 +114,8 @@ def network_flops(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def assumed_sigma(problem: Problem) -> float:
-    """The noise that chi^2 is measured in and baselines are given, image units: the true one, or the estimate of the
-    engine (`Deblurrer.__call__`) before a blind run counts the errors of its kernel, so that all methods share it."""
+    """The noise that chi^2 of all methods is measured in, image units: the true one, or the first estimate of the engine
+    (`Deblurrer.__call__`), which its search may refine or raise."""
     if problem.sigma is not None:
         return max(problem.sigma, SIGMA_FLOOR)
     sigma = max(noise.estimate_sigma(problem.y), SIGMA_FLOOR)
@@ -348,8 +348,7 @@ class Evaluation:
                     continue
                 if at is not case:
                     problem, at = case.load(), case
-                    sigma = assumed_sigma(problem)
-                row = self._one(case, name, problem, sigma)
+                row = self._one(case, name, problem)
                 self._mine.append(row)
                 if time.monotonic() - self._written > FLUSH_SECONDS:
                     self._flush()
@@ -366,12 +365,12 @@ class Evaluation:
             if name not in self._few or (case.source, case.number) in self._few[name]
         ]
 
-    def _one(self, case: Case, name: str, problem: Problem, sigma: float) -> Row:
+    def _one(self, case: Case, name: str, problem: Problem) -> Row:
         row: Row = dict(zip(ROW_KEY, (name, *case.key), strict=True))
         row["observation"] = hashlib.sha256(np.ascontiguousarray(problem.y).tobytes()).hexdigest()[:16]
         try:
             estimate, used, costs = self._contestants.run(name, problem)
-            found = score(problem, estimate, sigma, self._plugins) | costs | {"sigma_used": 255 * used}
+            found = score(problem, estimate, assumed_sigma(problem), self._plugins) | costs | {"sigma_used": 255 * used}
             row |= {name: value for name, value in found.items() if value is not None}
             if estimate.warnings:
                 row["warnings"] = " ".join(estimate.warnings)

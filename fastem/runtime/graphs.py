@@ -43,7 +43,7 @@ class StepGraphs:
         capacity: recordings kept; the one not used for longest goes first. Each holds the memory of one step.
     """
 
-    def __init__(self, capacity: int = 4) -> None:
+    def __init__(self, capacity: int = 5) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be >= 1, got {capacity}")
         self.capacity = capacity
