@@ -114,8 +114,8 @@ def network_flops(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def assumed_sigma(problem: Problem) -> float:
-    """The noise that chi^2 of all methods is measured in, image units: the true one, or the first estimate of the engine
-    (`Deblurrer.__call__`), which its search may refine or raise."""
+    """The noise that chi^2 of all methods is measured in, image units: the true one, or the first estimate of the
+    engine (`Deblurrer.__call__`), which its search may refine or raise."""
     if problem.sigma is not None:
         return max(problem.sigma, SIGMA_FLOOR)
     sigma = max(noise.estimate_sigma(problem.y), SIGMA_FLOOR)
