@@ -338,7 +338,8 @@ def psnr(of: dict[str, float], **where) -> list[dict]:
 
 
 RELEASED = "Fast EM, released"
-WORK = {"fastem": 10.0, RELEASED: 100.0}  # GFLOP
+OF_FIG1 = "released, 100 steps"
+WORK = {"fastem": 10.0, "6 steps": 10.0, RELEASED: 100.0, OF_FIG1: 100.0}
 MEASURED = [  # what, the rows of each protocol, what is found, whether it holds
     ("gain of blind",
      {"public": [row("fastem", gain=3.5), row("fastem", "b", gain=4.5), row("fastem", sigma="20", gain=0)]},
@@ -359,14 +360,17 @@ MEASURED = [  # what, the rows of each protocol, what is found, whether it holds
      {"table1": psnr({"fastem": 25.0, RELEASED: 23.5}) + psnr({"fastem": 22.0, RELEASED: 23.5}, image="b")},
      "50.0 % (1 of 2 cases)", "no"),
     ("PiGDM", {"table1": psnr({"fastem": 25.0, "PiGDM, true kernel": 26.5})}, "+1.50 dB (1 image, 1 case)", "no"),
-    ("work over", {"fig5": [r | {"gflop": WORK[r["method"]]} for r in psnr({"fastem": 25.0, RELEASED: 24.0})]},
+    ("work over", {"fig1": [r | {"gflop": WORK[r["method"]]} for r in psnr({"6 steps": 25.0, OF_FIG1: 24.0})]},
      "0.100 (10 / 100 GFLOP); PSNR +1.00 dB (1 image, 1 case)", "yes"),
-    ("work over", {"fig5": [r | {"gflop": WORK[r["method"]]} for r in psnr({"fastem": 23.0, RELEASED: 24.0})]},
+    ("work over", {"fig1": [r | {"gflop": WORK[r["method"]]} for r in psnr({"6 steps": 23.0, OF_FIG1: 24.0})]},
      "0.100 (10 / 100 GFLOP); PSNR -1.00 dB (1 image, 1 case)", "no"),
+    ("the same of the default", {"fig5": [r | {"gflop": WORK[r["method"]]} for r in
+                                          psnr({"fastem": 25.0, RELEASED: 24.0})]},
+     "0.100 (10 / 100 GFLOP); PSNR +1.00 dB (1 image, 1 case)", ""),
     ("the same of the preset turbo",  # on what robust and table1 share
      {"robust": [row("fastem, turbo", psnr_aligned=25.0, gflop=25.0), row("fastem, turbo", "b", gflop=9.0)],
       "table1": [row(RELEASED, psnr_aligned=24.0, gflop=100.0)]},
-     "0.250 (25 / 100 GFLOP); PSNR +1.00 dB (1 image, 1 case)", "no"),
+     "0.250 (25 / 100 GFLOP); PSNR +1.00 dB (1 image, 1 case)", ""),
     ("cases worse",
      {"public": [row("fastem", gain=1.0), row("fastem", "b", error="it broke"), row("fastem", sigma="20", gain=-1)]},
      "50.0 % (1 of 2 cases); sigma 20: 100.0 % (1 of 1 case)", "no"),
