@@ -258,7 +258,7 @@ class Deblurrer:
         device, backend: where and how it runs; see `fastem doctor`.
         precision: of the network's body, `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` is fp16 on a GPU, fp32 on a CPU.
             States, guidance and M-step are float32 always.
-        preset: `"exact"`, or `"turbo"`: fewer steps and rounds, about 0.1 dB less and 1.04 times the kernel error on
+        preset: `"exact"`, or `"turbo"`: fewer steps and rounds, 0.1 to 0.2 dB less and 1.04 times the kernel error on
             test images (docs/architecture.md).
 
     Raises:
@@ -435,9 +435,8 @@ class Deblurrer:
             raise ValueError("method 'known' needs the kernel: pass kernel=, or choose method 'fast-em'")
         used, notes, upper = max(float(sigma), SIGMA_FLOOR), [], False
         if estimated and (picture.lossy if request.lossy is None else request.lossy):
-            steps, least = picture.quantization if request.quantization is None else request.quantization, LOSSY_SIGMA
-            if steps is not None:
-                least = max(least, JPEG_INFLATION * photo.jpeg_sigma(picture.y[0].permute(1, 2, 0).numpy(), steps))
+            steps = picture.quantization if request.quantization is None else request.quantization
+            least = least_lossy_sigma(picture.y[0].permute(1, 2, 0).numpy(), steps)
             upper = used < least
             if upper:
                 found, used = 255 * sigma, least
@@ -872,6 +871,13 @@ class _LastStep:
         self.record(step, x0_hat, k)
         if step.index == 0:
             self.x0_hat = x0_hat.clone()
+
+
+def least_lossy_sigma(image: np.ndarray, quantization: np.ndarray | None) -> float:
+    """The least noise to count in a photo `(H, W, C)` in [0, 1] that was compressed; by its JPEG table, if any."""
+    if quantization is None:
+        return LOSSY_SIGMA
+    return max(LOSSY_SIGMA, JPEG_INFLATION * photo.jpeg_sigma(image, quantization))
 
 
 def _blind(observation: Observation, sharp: Tensor | None = None) -> Observation:

@@ -23,10 +23,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastem.ops
-from fastem import io, metrics, noise, photo, runtime
+from fastem import io, metrics, noise, runtime
 from fastem.baselines import BASELINES, Estimate, Problem
 from fastem.em import delta_kernel, denoise_observation
-from fastem.engine import JPEG_INFLATION, LOSSY_SIGMA, SIGMA_FLOOR, Deblurrer
+from fastem.engine import SIGMA_FLOOR, Deblurrer, least_lossy_sigma
 from fastem.evaluation.cases import KEY, Case, list_cases, spread
 from fastem.evaluation.protocol import Method, Protocol, ProtocolError
 from fastem.io import FastemError
@@ -119,11 +119,7 @@ def assumed_sigma(problem: Problem) -> float:
     if problem.sigma is not None:
         return max(problem.sigma, SIGMA_FLOOR)
     sigma = max(noise.estimate_sigma(problem.y), SIGMA_FLOOR)
-    if problem.lossy:
-        sigma = max(sigma, LOSSY_SIGMA)
-        if problem.quantization is not None:
-            sigma = max(sigma, JPEG_INFLATION * photo.jpeg_sigma(problem.y, problem.quantization))
-    return sigma
+    return max(sigma, least_lossy_sigma(problem.y, problem.quantization)) if problem.lossy else sigma
 
 
 def score(problem: Problem, estimate: Estimate, sigma: float, plugins: Mapping[str, MetricPlugin]) -> Row:
