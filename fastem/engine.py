@@ -20,7 +20,7 @@ from torch import Tensor
 from fastem import io, noise, ops, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, noise_level, stein_risk
 from fastem.guidance import DPS, ErrorLaw, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
-from fastem.initial import CoarseToFine, centre_by_pixels, drop_faint, find_kernel_size
+from fastem.initial import CoarseToFine, centre, centre_by_pixels, drop_faint, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
@@ -45,7 +45,8 @@ KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 # At the noise where the search ends x follows y closely: a good kernel leaves 0.5 to 0.98.
 CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in units of the noise, is searched for again
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
-DOUBTFUL_WIDTH = 2.3, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
+DOUBTFUL_WIDTH = 2.5, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
+RISK_SLACK = 0.003  # of the noise variance: so much worse than denoising may a kernel predict the photo
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
 PROBE_RUN = 1000  # the streams of the noise that judges, of which no restoration draws
@@ -298,11 +299,12 @@ class Deblurrer:
         self.gammas, self.saturation = _gammas(gamma), saturation
         if saturation is not None and not 0 < saturation <= 1:
             raise ValueError(f"saturation is a brightness in (0, 1], or None, got {saturation}")
-        plain = self.gammas == (1.0,) and saturation is None and self.kernel_size is not None
-        if not plain and (self.m_step == "hqs" or self.method is Method.DIFFUSION_EM):
+        plain_light = self.gammas == (1.0,) and saturation is None
+        asks = not plain_light or self.kernel_size is None
+        if asks and (self.m_step == "hqs" or self.method is Method.DIFFUSION_EM):
             raise ValueError("gamma, saturation and kernel_size 'auto' need method 'fast-em' with the M-step 'edges'")
-        uniform = self.gammas != (1.0,) or saturation is not None or self.guidance is not Guide.MEAN
-        if varying and (uniform or self.m_step == "hqs" or self.method is not Method.FAST_EM):
+        self._may_vary = plain_light and usual and self.method is Method.FAST_EM
+        if varying and not self._may_vary:
             raise ValueError(
                 "varying needs method 'fast-em', guidance 'mean' and the M-step 'edges', without gamma and saturation"
             )
@@ -552,8 +554,9 @@ class Deblurrer:
         if job.kernel is None and float(k.max()) == 1:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
         elif _varies(e, k.shape, job.sigma):
-            looked = self.varying and job.kernel is None
-            advice = "nor does what --varying found; do not trust it" if looked else "--varying"
+            advice = "do not trust it"
+            if self._may_vary and job.kernel is None:
+                advice = "nor does what --varying found; do not trust it" if self.varying else "--varying"
             notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): {advice}")
         elif chi2 > 2 or chi2 < 0.5 and not job.upper:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
@@ -728,10 +731,11 @@ class Deblurrer:
                 guide, last = PosteriorMean(inflation), _LastStep(record)
                 drawn = self._draw(model, window, EdgeEM(k), guide, schedule, noise_, last)
                 k = centre_by_pixels(drawn.kernel)
+            k = centre(k)
             misfit = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y)) / CHI2_GOOD
             if bool((doubtful & ~(best <= 1)).any()):
                 above = self._risk_above_denoising(model, y, window, k, sigma, seeds)
-                misfit = torch.where(doubtful, 1 + above, misfit)
+                misfit = torch.where(doubtful, 1 + above - RISK_SLACK, misfit)
             better = ~(best <= 1) & (misfit < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
             best = torch.where(better, misfit, best)

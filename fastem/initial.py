@@ -4,7 +4,7 @@ A diffusion model denoises a blurry image into a blurry image: an EM that starts
 al. 2025 show that the joint optimum is the delta). What breaks the tie are a few strong edges. At each scale of a
 pyramid an image with few non-zero gradients is fitted to the observation (Xu, Lu, Xu, Jia 2011; Pan, Hu, Su, Yang
 2014), and the kernel is the least-squares fit on the simplex in the gradient domain. The observation comes denoised
-by the diffusion prior, which matters more than any constant below (docs/architecture.md).
+by the diffusion prior.
 """
 
 from __future__ import annotations
@@ -215,6 +215,22 @@ def centre_by_pixels(k: Tensor) -> Tensor:
     cols = (torch.arange(w, device=k.device) - shift[:, 1:]) % w
     images = torch.arange(k.shape[0], device=k.device)[:, None, None]
     return k[:, 0][images, rows[:, :, None], cols[:, None, :]][:, None]
+
+
+def centre(k: Tensor) -> Tensor:
+    """Moves each kernel until its centre of mass is at `(h // 2, w // 2)`, within a tenth of a pixel: it blurs an image
+    and does not move it.
+
+    Sinc interpolation, less what falls below 0 or is faint. Kernels have a positive sum.
+    """
+    h, w = k.shape[-2:]
+    k = centre_by_pixels(k)
+    off = ops.centre_of_mass(k) - k.new_tensor([h // 2, w // 2])
+    rows, cols = (
+        torch.sinc(torch.arange(n, device=k.device)[:, None] - torch.arange(n, device=k.device) + u[:, None, None])
+        for n, u in ((h, off[:, 0]), (w, off[:, 1]))
+    )
+    return drop_faint((rows @ k[:, 0] @ cols.mT)[:, None].clamp(min=0))
 
 
 def _smallest(y: Tensor, size: tuple[int, int]) -> Tensor:

@@ -118,6 +118,7 @@ def test_a_blur_that_varies(fastem, photo, prior, tmp_path, monkeypatch):
         (warning,) = (line for line in err.splitlines() if "W_VARYING" in line)
         return json.loads((tmp_path / "out" / "photo.json").read_text()), warning
 
+    assert varied("--gamma", "2.2")[1].endswith("do not trust it")  # it has no --varying
     record, warning = varied()
     assert (record["varying"], record["kernel_grid"]) == (False, None) and warning.endswith(": --varying")
     monkeypatch.setattr("fastem.engine.VARYING_GAIN", 1e9)

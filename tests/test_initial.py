@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastem import ops
-from fastem.initial import CoarseToFine, centre_by_pixels, difference_spectra, fit_on_simplex, shrink
-from fastem.metrics import kernel_correlation
+from fastem.initial import CoarseToFine, centre, centre_by_pixels, difference_spectra, fit_on_simplex, shrink
+from fastem.metrics import fourier_shift, kernel_correlation, kernel_error
 from fastem.operators import Canvas, blur
 from fastem.synth import degrade, motion_kernel
 
@@ -152,5 +152,22 @@ def test_centre_by_pixels(h, w, down, across):
     k[..., h // 2, w // 2] = 1
     moved = k.roll((down, across), (-2, -1))
     assert torch.equal(centre_by_pixels(moved), k)
+    torch.testing.assert_close(centre(moved), k, rtol=0, atol=1e-12)  # whole pixels are exact: a delta stays one
     nothing = centre_by_pixels(torch.zeros_like(k))
     assert torch.equal(nothing, torch.zeros_like(k))
+
+
+@pytest.mark.parametrize("family", ["shake", "boracchi"])
+def test_centred_by_fractions_of_pixels(family):
+    """A kernel that was moved by a fraction comes back, nearer to what it was than the nearest whole pixels bring it."""
+    k = torch.stack([torch.from_numpy(motion_kernel(33, seed, family))[None] for seed in range(4)]).double()
+    k = torch.nn.functional.avg_pool2d(k, 3, 1, 1)  # smooth enough for its grid
+    by = (2.3, -1.15), (2.4, -1.3), (1.6, 0.45), (-0.5, 0.25)
+    moved = torch.cat([fourier_shift(one[None], u) for one, u in zip(k, by, strict=True)]).clamp(min=0)
+    found = centre(moved)
+    off = ops.centre_of_mass(found) - 16
+    assert off.abs().max() < 0.1 and found.min() >= 0
+    torch.testing.assert_close(found.sum((-2, -1)), torch.ones(4, 1, dtype=torch.float64))
+    for one, truth, whole in zip(found, k, centre_by_pixels(moved), strict=True):
+        assert kernel_error(one[0], truth[0]) < 0.02
+        assert (one - truth).norm() < (whole - truth).norm() / 2

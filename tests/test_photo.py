@@ -59,8 +59,12 @@ def test_a_residual_that_is_not_noise():
     assert chi2.shape == (5, 6) and chi2.mean() == pytest.approx(1, abs=0.05)
     assert not photo.blur_varies(chi2)
     assert not photo.blur_varies(photo.block_chi2(noise, 0.01)), "a wrong sigma is no varying blur"
-    noise[:, :64, :96] *= 3
-    assert photo.blur_varies(photo.block_chi2(noise, 0.02))
+    one_place, larger = noise.clone(), noise.clone()
+    one_place[:, :64, :64] *= 3
+    assert photo.blur_varies(photo.block_chi2(one_place, 0.02))
+    assert photo.blur_varies(photo.block_chi2(one_place, 0.2)), "however much noise the run assumed"
+    larger[:, :64, :64] *= 1.4
+    assert not photo.blur_varies(photo.block_chi2(larger, 0.02)), "texture leaves more than sky"
     assert not photo.blur_varies(chi2[:2, :2]), "too few blocks to tell"
     assert not photo.blur_varies(photo.block_chi2(noise[:, :20], 0.01)), "no block at all"
 
