@@ -27,7 +27,7 @@ from fastem.operators import Canvas, Observation, blur
 from fastem.ops.backend import Backend, use_backend
 from fastem.samplers import DDPM, Eager, KernelEstimator, PhiloxNoise, PlugAndPlay, Renoise, Rule, Sample, sample
 from fastem.schedules import Schedule, Step
-from fastem.varying import VaryingBlur, VaryingMean, Windows, first_kernels, fit_kernels
+from fastem.varying import VaryingBlur, VaryingMean, Windows, WindowSums, fit_kernels
 
 SIGMA_FLOOR = 0.5 / 255  # below the noise of 8-bit rounding there is nothing to estimate
 BLIND_SIGMA = 2 / 255  # least noise to assume where the kernel is an estimate, whose errors act as noise
@@ -48,7 +48,7 @@ SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narro
 DOUBTFUL_WIDTH = 2.5, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
 RISK_SLACK = 0.002  # of the noise variance: so much worse than denoising may a kernel predict the photo
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
-VARYING_GAIN = 0.9  # of the squared residual of one kernel: kernels that vary must leave less than that
+VARYING_GAIN = 0.01  # of the noise variance: so much better than one kernel must kernels that vary predict the photo
 PROBE_RUN = 1000  # the streams of the noise that judges, of which no restoration draws
 JUDGED_SIGMA = 5 / 255  # least noise under which a kernel proves itself
 GAMMAS = (1.0, 2.2)  # that "auto" tries
@@ -249,8 +249,8 @@ class Deblurrer:
         gamma: the blur happens in light, the photo stores about its `1 / gamma`-th power: 1 takes the pixels as light,
             2.2 is usual for cameras, `"auto"` tries both and keeps the one that explains the photo better.
         saturation: pixels of this brightness in [0, 1] and more are clipped and count as not measured; None: none are.
-        varying: look for a blur that changes over the image, where that for the whole of it leaves edges, and keep it
-            if it explains the image clearly better. Slower by two more runs.
+        varying: look for a blur that changes over the image, and keep it if it explains the image clearly better than
+            one kernel does. Slower by four more runs.
         kernel_prior: the kernel denoiser of the HQS M-step, a bundled name, file or module.
         lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
         boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
@@ -494,12 +494,11 @@ class Deblurrer:
         )  # fmt: skip
         residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
         kernels = None
-        asked = self.varying and first.kernel is None and float(drawn.kernel.max()) < 1
-        if asked and _varies(residual[0], drawn.kernel.shape[-2:], float(sigma)):
-            varied, blurs = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
-            left = canvas.crop(blurs(varied.images.mean(dim=1))) - y
-            if float(left.square().mean()) < VARYING_GAIN * float(residual.square().mean()):
-                drawn, residual, kernels = varied, left, blurs.on_grid()
+        if self.varying and first.kernel is None and float(drawn.kernel.max()) < 1:
+            varied = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
+            if varied is not None:
+                drawn, blurs = varied
+                residual, kernels = canvas.crop(blurs(drawn.images.mean(dim=1))) - y, blurs.on_grid()
         restored = self._restorations(jobs, drawn, canvas, residual, sigma, trace, later)
         if kernels is not None and isinstance(restored[0], Restoration):
             restored[0].kernels = kernels.cpu().numpy()
@@ -528,25 +527,41 @@ class Deblurrer:
 
     def _vary(
         self, y: Tensor, sigma: Tensor, seeds: Tensor, k: Tensor, canvas: Canvas, tile: int | None
-    ) -> tuple[Sample, VaryingBlur]:
-        """One image `(1, C, H, W)` with a kernel per window, from its kernel as a whole: EM in two rounds."""
-        observation = self._observe(y, sigma, canvas, 1.0)
-        model = runtime.fit_to_size(self.model, observation.size, tile or self.tile)
-        schedule = self._schedule()
-        noise_ = PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), 0)
-        windows = Windows.over(observation.size, tuple(k.shape[-2:]))
+    ) -> tuple[Sample, VaryingBlur] | None:
+        """One image `(1, C, H, W)` with a kernel per window: EM from its kernel as a whole, in as many rounds.
 
-        def draw(blurs: VaryingBlur) -> Sample:
-            guide = VaryingMean(blurs, INFLATION)
-            return self._draw(model, observation, Known(k), guide, schedule, noise_, still=self.mode is Mode.MEAN)
+        None unless they predict the photo better than that kernel does (`stein_risk`): more kernels fit more noise.
+        """
+        observation = _blind(self._observe(y, sigma, canvas, 1.0))
+        model = runtime.fit_to_size(self.model, observation.size, tile or self.tile)
+        search = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SEARCH_SIGMA_MIN)
+        windows, still = Windows.over(observation.size, tuple(k.shape[-2:])), self.mode is Mode.MEAN
+        blurs = VaryingBlur(windows, k[0].expand(windows.count, -1, -1).contiguous())
+
+        def philox(run: int) -> PhiloxNoise:
+            return PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), run)
+
+        def restored(y: Tensor, guide: Guidance) -> Sample:
+            seen = replace(observation, y=canvas.extend(y))
+            return self._draw(model, seen, Known(k), guide, self._schedule(), philox(0), still=still)
+
+        def by_one(y: Tensor) -> Tensor:
+            return y + reblur_residual(restored(y, PosteriorMean(KERNEL_INFLATION)), y, canvas)
+
+        def by_many(y: Tensor) -> Tensor:
+            return canvas.crop(blurs(restored(y, VaryingMean(blurs, KERNEL_INFLATION)).images.mean(dim=1)))
 
         with use_backend(self.backend):
-            denoised = denoise_observation(model, observation)
-            kernels = first_kernels(denoised, k, windows, observation.canvas, STARTS[0])
-            drawn = draw(VaryingBlur(windows, kernels))
-            x = (drawn.x.mean(dim=1) + 1) / 2
-            blurs = VaryingBlur(windows, fit_kernels(x, denoised, kernels, windows, observation.canvas))
-            return draw(blurs), blurs
+            for run, inflation in enumerate(self.effort.inflations, 1):
+                sums = WindowSums(blurs, observation)
+                guide = VaryingMean(blurs, inflation)
+                self._draw(model, observation, Known(k), guide, search, philox(run), sums)
+                blurs = VaryingBlur(windows, fit_kernels(sums.cross, sums.energy, blurs.kernels, windows))
+            probe = PhiloxNoise(seeds, 1, tuple(y.shape[1:]), PROBE_RUN).start()[:, 0].sign()
+            one, many = (stein_risk(explain, y, observation.sigma, probe) for explain in (by_one, by_many))
+            if float(many) > float(one) - VARYING_GAIN:
+                return None
+            return restored(y, VaryingMean(blurs, KERNEL_INFLATION)), blurs
 
     def _restoration(self, job: _Job, samples: Tensor, k: Tensor, e: Tensor, trace: list[dict]) -> Restoration:
         """Samples `(n, C, H, W)`, kernel `(h, w)` and residual `(C, H, W)` on the host, in the form of the input."""

@@ -39,9 +39,8 @@ class CoarseToFine:
     threshold: float = FAINT  # kernel values below this part of the peak are dropped
 
     def __call__(
-        self, y: Tensor, kernel_size: tuple[int, int], canvas: Canvas | None = None, seen: Tensor | None = None,
-        start: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, y: Tensor, kernel_size: tuple[int, int], canvas: Canvas | None = None, seen: Tensor | None = None
+    ) -> Tensor:
         """The kernel of each image.
 
         Args:
@@ -50,17 +49,14 @@ class CoarseToFine:
             canvas: where y was measured, if it is not periodic: the rest is filled by the fitted images, and gradients
                 near the border teach nothing.
             seen: like y, 0 for pixels of y that are wrong (saturated): they are filled like the margin.
-            start: `(B, 1, h, w)`, kernels that are nearly right: the search begins with them at half the resolution.
 
         Returns:
             `(B, 1, h, w)`, non-negative, sums to 1, centre of mass within half a pixel of `(h // 2, w // 2)`.
         """
         y = y.mean(dim=1, keepdim=True)
         seen = None if seen is None else seen.amin(dim=1, keepdim=True)
-        k = start
+        k = None
         for size in self.scales(kernel_size):
-            if start is not None and 2 * max(size) < max(kernel_size):
-                continue
             factor = max(s / full for s, full in zip(size, kernel_size, strict=True))
             shape = tuple(min(n, max(2 * round(n * factor / 2), m)) for n, m in zip(y.shape[-2:], size, strict=True))
             k = _smallest(y, size) if k is None else _resize_kernel(k, size)

@@ -85,7 +85,7 @@ def blur_varies(chi2: Tensor) -> bool:
 
     chi2 `(rows, cols)` from `block_chi2`. Where the blur differs from the kernel, edges stay in the residual. A wrong
     sigma raises or lowers all blocks alike. Above the threshold lies none of 30 photographs with one blur (noise of
-    0.5 to 5 grey levels, ten of them JPEG files), and half of 28 that a turning camera blurred (docs/real_photos.md).
+    0.5 to 5 grey levels, ten of them JPEG files), and half of 26 that a turning camera blurred (docs/real_photos.md).
     """
     if chi2.numel() < 9:
         return False

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastem import ops
 from fastem.guidance import Number, Variance
-from fastem.initial import CoarseToFine, difference_spectra
-from fastem.operators import Canvas, Observation, check_fits
+from fastem.initial import difference_spectra, drop_faint
+from fastem.operators import Observation, check_fits
 from fastem.schedules import Step
 
 STRIDE, MAX_GRID = 64, 8  # pixels between windows at least, and windows along one side at most
@@ -173,89 +173,77 @@ def conjugate_gradients(operator, b: Tensor, precondition, num_iters: int) -> Te
 # -------------------------------------------------------------------------------------------------- finding kernels
 
 
-def first_kernels(denoised: Tensor, k: Tensor, windows: Windows, canvas: Canvas | None, search: CoarseToFine) -> Tensor:
-    """`(P, h, w)`: the coarse-to-fine search in each window, from the kernel of the whole image `(1, 1, h, w)`.
+@dataclass
+class WindowSums:
+    """What the M-step of each window needs, added up over the steps of a run that restores with `blurs`.
 
-    denoised `(1, C, H, W)` fills the frame. The search runs over the finer scales only: the coarse ones of a small
-    window know less than the kernel of the whole.
+    Called after each step of a run. As in `fastem.em.EdgeEM` the steps below `sigma_on` count, late ones more, and of
+    each window the strongest edges of x0_hat teach; those near the border of the image do not.
     """
-    patches = windows.cut(denoised)[0].movedim(0, 1)  # (P, C, m1, m2)
-    size, ksize = tuple(patches.shape[-2:]), tuple(k.shape[-2:])
-    around = Canvas.around(size, ksize)
-    start = k.expand(windows.count, -1, -1, -1)
-    found = search(around.extend(patches), ksize, around, start=start)
-    found = torch.stack([align_to(one, k[0, 0]) for one in found[:, 0]])
-    trust = gradient_energy(denoised, windows, canvas)
-    return couple(found, k[0, 0], trust, windows)
 
+    blurs: VaryingBlur
+    observation: Observation
+    sigma_on: float = 0.8
+    edges: float = 0.15
+    memory: float = 0.9
+    cross: Tensor | float = 0.0  # (P, m1, m2') complex
+    energy: Tensor | float = 0.0
 
-def align_to(k: Tensor, anchor: Tensor) -> Tensor:
-    """k `(h, w)` rolled by whole pixels to where it correlates best with the anchor, at most a quarter of its size.
+    def __call__(self, step: Step, x0_hat: Tensor, k: Tensor) -> None:
+        """x0_hat `(1, n, C, H, W)` in [0, 1]."""
+        if step.sigma_t > self.sigma_on:
+            return
+        windows, canvas = self.blurs.windows, self.observation.canvas
+        x = x0_hat.mean(dim=(1, 2))
+        y, inside = self.observation.y.mean(dim=1), torch.ones(windows.size, dtype=x.dtype, device=x.device)
+        if canvas is not None:  # what was not measured is what the present kernels make of x
+            y = torch.where(canvas.inside((0, 0), y) > 0, y, self.blurs(x))
+            inside = canvas.inside(tuple(m // 4 for m in self.blurs.kernels.shape[-2:]), x)
+        D, size = difference_spectra(windows.size, torch.fft.rfft2(x)), windows.size
+        G, R = ([torch.fft.irfft2(d * torch.fft.rfft2(v), s=size) for d in D] for v in (x, y))
+        weights = windows.weights(x)
+        teaches = weights.sqrt() * self._strongest(sum(g.square() for g in G) * inside, inside)
+        cross = energy = 0
+        for g, r in zip(G, R, strict=True):
+            X = torch.fft.rfft2(windows.cut(g)[0] * teaches)
+            cross = cross + X.conj() * torch.fft.rfft2(windows.cut(r)[0] * weights.sqrt())
+            energy = energy + X.real**2 + X.imag**2
+        self.cross, self.energy = self.memory * self.cross + cross, self.memory * self.energy + energy
 
-    A shift between neighbouring kernels would be a distortion of the image.
-    """
-    h, w = k.shape
-    shape = (2 * h, 2 * w)
-    product = torch.fft.rfft2(anchor, s=shape) * torch.fft.rfft2(k, s=shape).conj()
-    correlation = torch.fft.irfft2(product, s=shape)
-    rows, cols = torch.arange(-(h // 4), h // 4 + 1), torch.arange(-(w // 4), w // 4 + 1)
-    best = correlation[rows[:, None] % shape[0], cols % shape[1]].flatten().argmax().item()
-    row, col = divmod(best, len(cols))
-    return k.roll((int(rows[row]), int(cols[col])), dims=(0, 1))
-
-
-def gradient_energy(x: Tensor, windows: Windows, canvas: Canvas | None) -> Tensor:
-    """`(P,)`: sum of squared gradients of x `(1, C, H, W)` in each window, relative to the mean over the windows."""
-    X = torch.fft.rfft2(x)
-    g2 = sum(torch.fft.irfft2(D * X, s=windows.size).square() for D in difference_spectra(windows.size, X))
-    if canvas is not None:
-        g2 = g2 * canvas.inside((1, 1), x)
-    energy = (windows.cut(g2.sum(dim=(0, 1))) * windows.weights(x)).sum(dim=(-2, -1))
-    return energy / energy.mean().clamp(min=1e-12)
-
-
-def couple(kernels: Tensor, anchor: Tensor, trust: Tensor, windows: Windows, strength: float = 0.1) -> Tensor:
-    """Kernels `(P, h, w)` between themselves, their neighbours and the anchor; windows without edges follow.
-
-    `argmin sum_p trust_p ||k_p - kernels_p||^2 + strength (sum_{p~q} ||k_p - k_q||^2 / 2 + ||k_p - anchor||^2 / 10)`.
-    """
-    edges = windows.neighbours().to(kernels)
-    laplacian = torch.diag(edges.sum(dim=1)) - edges
-    eye = torch.eye(len(kernels), dtype=kernels.dtype, device=kernels.device)
-    system = torch.diag(trust) + strength * (laplacian + 0.1 * eye)
-    right = trust[:, None] * kernels.flatten(1) + 0.1 * strength * anchor.flatten()
-    return torch.linalg.solve(system, right).view_as(kernels)
+    def _strongest(self, strength: Tensor, inside: Tensor) -> Tensor:
+        """`(P, m1, m2)`: 1 for the largest of each window, a part `edges` of its pixels inside the image."""
+        windows = self.blurs.windows
+        support = (windows.weights(strength) > 0).to(strength)
+        ranked = (windows.cut(strength)[0] * support).flatten(1)
+        count = (self.edges * (windows.cut(inside) * support).flatten(1).sum(dim=1)).round().long().clamp(min=1)
+        least = ranked.sort(dim=1, descending=True).values.gather(1, count[:, None] - 1)
+        return ((ranked >= least) & (ranked > 0)).to(strength).view_as(support)
 
 
 def fit_kernels(
-    x: Tensor, y: Tensor, kernels: Tensor, windows: Windows, canvas: Canvas | None, *, coupling: float = 0.05,
-    ridge: float = 0.05, sweeps: int = 3, num_iters: int = 20,
+    cross: Tensor, energy: Tensor, kernels: Tensor, windows: Windows, *, coupling: float = 1.0, ridge: float = 0.4,
+    sweeps: int = 3, num_iters: int = 30,
 ) -> Tensor:  # fmt: skip
-    """The M-step: in each window the least squares on the simplex in the gradient domain, neighbours coupled.
+    """The M-step `(P, h, w)` from `WindowSums`: in each window least squares on the simplex, neighbours coupled.
 
-    `sum_p 1/2 k_p^T G_p k_p - b_p^T k_p + coupling / 2 sum_{p~q} ||k_p - k_q||^2`, block Jacobi; G_p and b_p in units
-    of the mean gradient energy, so that windows without edges follow their neighbours. x, y `(1, C, H, W)`.
+    `sum_p 1/2 k_p^T G_p k_p - b_p^T k_p + coupling / 4 sum_{p~q} ||k_p - k_q||^2`, block Jacobi; G_p and b_p in units
+    of the mean gradient energy, so that windows without edges follow their neighbours. The kernels move together until
+    their mean is centred, by whole pixels: a shift between neighbours would distort the image.
     """
     h, w = kernels.shape[-2:]
-    weights = windows.weights(x)
-    patch = tuple(weights.shape[-2:])
-    known = (weights > 0).to(x)
-    if canvas is not None:
-        known = known * windows.cut(canvas.inside((h // 2, w // 2), x))
-    cross = energy = 0
-    for D in difference_spectra(windows.size, torch.fft.rfft2(x)):
-        gx, gy = (windows.cut(torch.fft.irfft2(D * torch.fft.rfft2(v), s=windows.size))[0] for v in (x, y))
-        G, Y = torch.fft.rfft2(gx * known), torch.fft.rfft2(gy)
-        cross, energy = cross + (G.conj() * Y).sum(dim=0), energy + (G.real**2 + G.imag**2).sum(dim=0)
+    patch = tuple(windows.weights(kernels).shape[-2:])
     b = ops.crop_support(torch.fft.irfft2(cross, s=patch)[:, None], h, w)
-    g = ops.crop_support(torch.fft.irfft2(energy, s=patch)[:, None], 2 * h - 1, 2 * w - 1)
-    scale = g[:, 0, h - 1, w - 1].mean().clamp(min=1e-12)
+    g = ops.crop_support(torch.fft.irfft2(energy.to(cross.dtype), s=patch)[:, None], 2 * h - 1, 2 * w - 1)
+    own = g[:, 0, h - 1, w - 1]
+    scale = own.mean().clamp(min=1e-12)
     b, g = b / scale, g / scale
-    edges = windows.neighbours().to(x)
-    g[:, 0, h - 1, w - 1] += coupling * edges.sum(dim=1) + ridge
-    anchor, k = kernels, kernels
+    edges = windows.neighbours().to(kernels)
+    g[:, 0, h - 1, w - 1] += coupling * edges.sum(dim=1) + ridge * own / scale
+    k = kernels
     for _ in range(sweeps):
-        pull = coupling * torch.einsum("pq,qhw->phw", edges, k) + ridge * anchor
+        pull = coupling * torch.einsum("pq,qhw->phw", edges, k)
         fitted = ops.simplex_least_squares(g, b + pull[:, None], k[:, None].contiguous(), num_iters)[:, 0]
         k = torch.where(torch.isfinite(fitted).all(-1).all(-1)[:, None, None], fitted, k)
-    return k
+    k = drop_faint(k[:, None])[:, 0]
+    off = ops.centre_of_mass(k.mean(dim=0)[None, None])[0].tolist()
+    return k.roll((round(h // 2 - off[0]), round(w // 2 - off[1])), dims=(-2, -1))

@@ -159,7 +159,7 @@ def test_centre_by_pixels(h, w, down, across):
 
 @pytest.mark.parametrize("family", ["shake", "boracchi"])
 def test_centred_by_fractions_of_pixels(family):
-    """A kernel that was moved by a fraction comes back, nearer to what it was than the nearest whole pixels bring it."""
+    """A kernel that was moved by a fraction comes back, and much nearer than by whole pixels."""
     k = torch.stack([torch.from_numpy(motion_kernel(33, seed, family))[None] for seed in range(4)]).double()
     k = torch.nn.functional.avg_pool2d(k, 3, 1, 1)  # smooth enough for its grid
     by = (2.3, -1.15), (2.4, -1.3), (1.6, 0.45), (-0.5, 0.25)
