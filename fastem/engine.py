@@ -48,7 +48,6 @@ SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narro
 DOUBTFUL_WIDTH = 2.5, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
 RISK_SLACK = 0.002  # of the noise variance: so much worse than denoising may a kernel predict the photo
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
-VARYING_GAIN = 0.01  # of the noise variance: so much better than one kernel must kernels that vary predict the photo
 PROBE_RUN = 1000  # the streams of the noise that judges, of which no restoration draws
 JUDGED_SIGMA = 5 / 255  # least noise under which a kernel proves itself
 GAMMAS = (1.0, 2.2)  # that "auto" tries
@@ -249,8 +248,8 @@ class Deblurrer:
         gamma: the blur happens in light, the photo stores about its `1 / gamma`-th power: 1 takes the pixels as light,
             2.2 is usual for cameras, `"auto"` tries both and keeps the one that explains the photo better.
         saturation: pixels of this brightness in [0, 1] and more are clipped and count as not measured; None: none are.
-        varying: look for a blur that changes over the image, and keep it if it explains the image clearly better than
-            one kernel does. Slower by four more runs.
+        varying: where one kernel leaves much more residual in some places than in most, look for a blur that changes
+            over the image. Slower by as many runs again.
         kernel_prior: the kernel denoiser of the HQS M-step, a bundled name, file or module.
         lam: strength of the kernel prior; by default 1, and 0.2 for kernels of 48 pixels and more.
         boundary: `"photo"` continues the image smoothly to a periodic one, `"circular"` takes it as periodic, `"auto"`
@@ -494,11 +493,10 @@ class Deblurrer:
         )  # fmt: skip
         residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
         kernels = None
-        if self.varying and first.kernel is None and float(drawn.kernel.max()) < 1:
-            varied = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
-            if varied is not None:
-                drawn, blurs = varied
-                residual, kernels = canvas.crop(blurs(drawn.images.mean(dim=1))) - y, blurs.on_grid()
+        asked = self.varying and first.kernel is None and float(drawn.kernel.max()) < 1
+        if asked and _varies(residual[0], drawn.kernel.shape[-2:], float(sigma)):
+            drawn, blurs = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
+            residual, kernels = canvas.crop(blurs(drawn.images.mean(dim=1))) - y, blurs.on_grid()
         restored = self._restorations(jobs, drawn, canvas, residual, sigma, trace, later)
         if kernels is not None and isinstance(restored[0], Restoration):
             restored[0].kernels = kernels.cpu().numpy()
@@ -527,41 +525,25 @@ class Deblurrer:
 
     def _vary(
         self, y: Tensor, sigma: Tensor, seeds: Tensor, k: Tensor, canvas: Canvas, tile: int | None
-    ) -> tuple[Sample, VaryingBlur] | None:
-        """One image `(1, C, H, W)` with a kernel per window: EM from its kernel as a whole, in as many rounds.
-
-        None unless they predict the photo better than that kernel does (`stein_risk`): more kernels fit more noise.
-        """
+    ) -> tuple[Sample, VaryingBlur]:
+        """One image `(1, C, H, W)` with a kernel per window: EM from its kernel as a whole, in as many rounds."""
         observation = _blind(self._observe(y, sigma, canvas, 1.0))
         model = runtime.fit_to_size(self.model, observation.size, tile or self.tile)
         search = Schedule.karras(min(self.effort.search_steps, self.steps), SIGMA_MAX, SEARCH_SIGMA_MIN)
-        windows, still = Windows.over(observation.size, tuple(k.shape[-2:])), self.mode is Mode.MEAN
+        windows = Windows.over(observation.size, tuple(k.shape[-2:]))
         blurs = VaryingBlur(windows, k[0].expand(windows.count, -1, -1).contiguous())
 
-        def philox(run: int) -> PhiloxNoise:
-            return PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), run)
-
-        def restored(y: Tensor, guide: Guidance) -> Sample:
-            seen = replace(observation, y=canvas.extend(y))
-            return self._draw(model, seen, Known(k), guide, self._schedule(), philox(0), still=still)
-
-        def by_one(y: Tensor) -> Tensor:
-            return y + reblur_residual(restored(y, PosteriorMean(KERNEL_INFLATION)), y, canvas)
-
-        def by_many(y: Tensor) -> Tensor:
-            return canvas.crop(blurs(restored(y, VaryingMean(blurs, KERNEL_INFLATION)).images.mean(dim=1)))
+        def draw(schedule: Schedule, inflation: float, run: int, on_step: Any = None, still: bool = False) -> Sample:
+            guide = VaryingMean(blurs, inflation)
+            noise_ = PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), run)
+            return self._draw(model, observation, Known(k), guide, schedule, noise_, on_step, still)
 
         with use_backend(self.backend):
             for run, inflation in enumerate(self.effort.inflations, 1):
                 sums = WindowSums(blurs, observation)
-                guide = VaryingMean(blurs, inflation)
-                self._draw(model, observation, Known(k), guide, search, philox(run), sums)
+                draw(search, inflation, run, sums)
                 blurs = VaryingBlur(windows, fit_kernels(sums.cross, sums.energy, blurs.kernels, windows))
-            probe = PhiloxNoise(seeds, 1, tuple(y.shape[1:]), PROBE_RUN).start()[:, 0].sign()
-            one, many = (stein_risk(explain, y, observation.sigma, probe) for explain in (by_one, by_many))
-            if float(many) > float(one) - VARYING_GAIN:
-                return None
-            return restored(y, VaryingMean(blurs, KERNEL_INFLATION)), blurs
+            return draw(self._schedule(), KERNEL_INFLATION, 0, still=self.mode is Mode.MEAN), blurs
 
     def _restoration(self, job: _Job, samples: Tensor, k: Tensor, e: Tensor, trace: list[dict]) -> Restoration:
         """Samples `(n, C, H, W)`, kernel `(h, w)` and residual `(C, H, W)` on the host, in the form of the input."""

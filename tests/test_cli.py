@@ -121,14 +121,11 @@ def test_a_blur_that_varies(fastem, photo, prior, tmp_path, monkeypatch):
     assert varied("--gamma", "2.2")[1].endswith("do not trust it")  # it has no --varying
     record, warning = varied()
     assert (record["varying"], record["kernel_grid"]) == (False, None) and warning.endswith(": --varying")
-    monkeypatch.setattr("fastem.engine.VARYING_GAIN", -1e9)
     record, warning = varied("--varying")
     assert record["varying"] and "photo.kernels.npy" in str(record["outputs"]) and warning.endswith("do not trust it")
     kernels = np.load(tmp_path / "out" / "photo.kernels.npy")
     assert list(kernels.shape) == [*record["kernel_grid"], 7, 7] and (tmp_path / "out" / "photo.kernels.png").exists()
-    monkeypatch.setattr("fastem.engine.VARYING_GAIN", 1e9)
-    record, warning = varied("--varying")
-    assert not record["varying"] and warning.endswith("do not trust it")
+    assert not varied()[0]["varying"]
     assert not list((tmp_path / "out").glob("*.kernels.*"))
 
 
