@@ -45,7 +45,7 @@ KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 # At the noise where the search ends x follows y closely: a good kernel leaves 0.5 to 0.98.
 CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in units of the noise, is searched for again
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
-DOUBTFUL_WIDTH = 2.45, 1.9, 25.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
+DOUBTFUL_WIDTH = 2.3, 1.9, 27.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
 RISK_SLACK = 0.002  # of the noise variance: so much worse than denoising may a kernel predict the photo
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 PROBE_RUN = 1000  # the streams of the noise that judges, of which no restoration draws
