@@ -705,7 +705,7 @@ class Deblurrer:
         A start, then rounds of EM. The noise is sigma where no kernel was found.
 
         Each image keeps its first kernel that explains it, or the best of all; each search starts from other constants.
-        A doubtful image has no blur if no kernel predicts it as well as its own denoising does (`stein_risk`).
+        A doubtful image has no blur if no kernel predicts it about as well as its denoising does (`stein_risk`).
         """
         y, window, denoised = self._kernel_window(y, observation, ksize, tile)
         model = runtime.fit_to_size(self.model, window.size, tile)
@@ -728,7 +728,7 @@ class Deblurrer:
                 guide, last = PosteriorMean(inflation), _LastStep(record)
                 drawn = self._draw(model, window, EdgeEM(k), guide, schedule, noise_, last)
                 k = centre_by_pixels(drawn.kernel)
-            k = centre(k)
+            k = centre(k)  # by the fraction too: this one restores
             misfit = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y)) / CHI2_GOOD
             if bool((doubtful & ~(best <= 1)).any()):
                 above = self._risk_above_denoising(model, y, window, k, sigma, seeds)
