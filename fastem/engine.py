@@ -20,7 +20,7 @@ from torch import Tensor
 from fastem import io, noise, ops, photo, runtime
 from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, noise_level, stein_risk
 from fastem.guidance import DPS, ErrorLaw, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
-from fastem.initial import CoarseToFine, centre, centre_by_pixels, drop_faint, find_kernel_size
+from fastem.initial import CoarseToFine, centre, centre_by_pixels, drop_faint, find_kernel_size, without_lobes
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
@@ -493,9 +493,10 @@ class Deblurrer:
         )  # fmt: skip
         residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
         kernels = None
-        asked = self.varying and first.kernel is None and float(drawn.kernel.max()) < 1
-        if asked and _varies(residual[0], drawn.kernel.shape[-2:], float(sigma)):
-            drawn, blurs = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
+        k = without_lobes(drawn.kernel)
+        asked = self.varying and first.kernel is None and float(k.max()) < 1
+        if asked and _varies(residual[0], k.shape[-2:], float(sigma)):
+            drawn, blurs = self._vary(y, sigma, seeds, k, canvas, tile)
             residual, kernels = canvas.crop(blurs(drawn.images.mean(dim=1))) - y, blurs.on_grid()
         restored = self._restorations(jobs, drawn, canvas, residual, sigma, trace, later)
         if kernels is not None and isinstance(restored[0], Restoration):
@@ -507,8 +508,7 @@ class Deblurrer:
         later: runtime.Transfers | None,
     ) -> list[Restoration | Exception]:  # fmt: skip
         samples = canvas.crop(drawn.images)
-        kernels = drawn.kernel.clamp(min=0)
-        kernels = kernels / kernels.sum((-2, -1), keepdim=True)
+        kernels = without_lobes(drawn.kernel)
         finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
         leaving = (later or runtime.Transfers(None)).fetch([samples, kernels, finite, residual, sigma])
 
@@ -904,11 +904,10 @@ def reblur_chi2(
 
 def reblur_residual(drawn: Sample, y: Tensor, canvas: Canvas, gamma: float = 1.0, seen: Tensor | None = None) -> Tensor:
     """`k * x - y` like y, blurred in linear light; 0 where a pixel was not seen."""
-    k = drawn.kernel.clamp(min=0)
     light = drawn.images.mean(dim=1)
     if gamma != 1:
         light = light**gamma
-    again = canvas.crop(blur(light, k / k.sum((-2, -1), keepdim=True)))
+    again = canvas.crop(blur(light, drawn.kernel))
     if gamma != 1:
         again = again.clamp(min=0) ** (1 / gamma)
     return again - y if seen is None else (again - y) * seen
