@@ -495,7 +495,7 @@ class Deblurrer:
         kernels = None
         k = without_lobes(drawn.kernel)
         asked = self.varying and first.kernel is None and float(k.max()) < 1
-        if asked and _varies(residual[0], k.shape[-2:], float(sigma)):
+        if asked and photo.blur_varies(_inside(residual[0], k.shape[-2:])):
             drawn, blurs = self._vary(y, sigma, seeds, k, canvas, tile)
             residual, kernels = canvas.crop(blurs(drawn.images.mean(dim=1))) - y, blurs.on_grid()
         restored = self._restorations(jobs, drawn, canvas, residual, sigma, trace, later)
@@ -550,7 +550,7 @@ class Deblurrer:
         notes, chi2 = list(job.notes), float(e.square().mean() / job.sigma**2)
         if job.kernel is None and float(k.max()) == 1:
             notes.append("W_NO_BLUR: the image shows no blur that can be found; only its noise was removed")
-        elif _varies(e, k.shape, job.sigma):
+        elif photo.blur_varies(_inside(e, k.shape)):
             advice = "do not trust it"
             if self._may_vary and job.kernel is None:
                 advice = "nor does what --varying found; do not trust it" if self.varying else "--varying"
@@ -932,11 +932,6 @@ def _kernel(kernel: np.ndarray | Tensor) -> Tensor:
     if k.dim() != 2 or not bool(torch.isfinite(k).all()) or float(k.min()) < 0 or float(k.sum()) <= 0:
         raise ValueError(f"a kernel is (h, w), finite, >= 0 and of positive sum, got shape {tuple(k.shape)}")
     return (k / k.sum())[None, None]
-
-
-def _varies(e: Tensor, ksize: tuple[int, int], sigma: float) -> bool:
-    """Whether a residual `(C, H, W)` asks for more than one kernel."""
-    return photo.blur_varies(photo.block_chi2(_inside(e, ksize), sigma))
 
 
 def _inside(x: Tensor, ksize: tuple[int, int]) -> Tensor:

@@ -73,23 +73,20 @@ VARIES_QUANTILE, VARIES_RATIO = 0.98, 2.7  # of the blocks: by so much above the
 BLOCK = 32  # pixels
 
 
-def block_chi2(residual: Tensor, sigma: float, block: int = BLOCK) -> Tensor:
-    """`(H // block, W // block)`: mean square of a residual `(C, H, W)` in blocks, in units of sigma^2 of the noise."""
-    if min(residual.shape[-2:]) < block:
-        return residual.new_empty(0, 0)
-    return F.avg_pool2d(residual.square().mean(dim=0)[None, None], block)[0, 0] / sigma**2
+def blur_varies(residual: Tensor) -> bool:
+    """Whether one kernel for the whole image leaves a residual `(C, H, W)` much larger in some places than in most.
 
-
-def blur_varies(chi2: Tensor) -> bool:
-    """Whether one kernel for the whole image leaves a residual that is much larger in some places than in most.
-
-    chi2 `(rows, cols)` from `block_chi2`. Where the blur differs from the kernel, edges stay in the residual. A wrong
+    Its mean square in blocks is compared. Where the blur differs from the kernel, edges stay in the residual; a wrong
     sigma raises or lowers all blocks alike. Above the threshold lies none of 30 photographs with one blur (noise of
     0.5 to 5 grey levels, ten of them JPEG files), and half of 26 that a turning camera blurred (docs/real_photos.md).
+    Fewer than nine blocks are too few to tell.
     """
-    if chi2.numel() < 9:
+    if min(residual.shape[-2:]) < BLOCK:
         return False
-    usual, high = chi2.flatten().quantile(chi2.new_tensor([0.5, VARIES_QUANTILE])).tolist()
+    blocks = F.avg_pool2d(residual.square().mean(dim=0)[None, None], BLOCK).flatten()
+    if blocks.numel() < 9:
+        return False
+    usual, high = blocks.quantile(blocks.new_tensor([0.5, VARIES_QUANTILE])).tolist()
     return high > VARIES_RATIO * usual
 
 

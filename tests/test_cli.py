@@ -109,7 +109,7 @@ def test_known_kernel(fastem, photo, prior, tmp_path):
 
 def test_a_blur_that_varies(fastem, photo, prior, tmp_path, monkeypatch):
     """The grid is written and recorded where it was kept; --varying is not advised to one who gave it."""
-    monkeypatch.setattr("fastem.photo.blur_varies", lambda chi2: True)
+    monkeypatch.setattr("fastem.photo.blur_varies", lambda residual: True)
 
     def varied(*options) -> tuple[dict, str]:
         given = ("--prior", prior, *QUICK, "--no-guard", *options)

@@ -273,10 +273,10 @@ def test_lights_that_were_clipped():
 def test_varying(monkeypatch):
     """Where the residual is even the restoration is that with one kernel, to the bit; elsewhere the grid is given."""
     _, _, y = blurred(64, 64, seed=3, size=9)
-    monkeypatch.setattr("fastem.photo.blur_varies", lambda chi2: False)
+    monkeypatch.setattr("fastem.photo.blur_varies", lambda residual: False)
     plain, varying = (quick(kernel_size=9, varying=v)(y, sigma=0.01) for v in (False, True))
     assert varying.kernels is None and np.array_equal(varying.image, plain.image)
-    monkeypatch.setattr("fastem.photo.blur_varies", lambda chi2: True)
+    monkeypatch.setattr("fastem.photo.blur_varies", lambda residual: True)
     taken = quick(kernel_size=9, varying=True, guard=False)(y, sigma=0.01)
     assert taken.kernels.shape[2:] == (9, 9) and min(taken.kernels.shape[:2]) >= 2
     assert (taken.kernels >= 0).all() and np.allclose(taken.kernels.sum(axis=(2, 3)), 1, atol=1e-4)
