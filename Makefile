@@ -85,6 +85,7 @@ results: $(VENV)/.dev $(VENV)/.native
 	$(call EVALUATE,public) --shard $(RESULTS_PUBLIC) \
 	  --methods "fastem,fastem, true kernel,l0 MAP,Wiener, true kernel"
 	$(call EVALUATE,recorded)
+	$(call EVALUATE,borders)
 	$(call EVALUATE,robust) --limit $(RESULTS_ROBUST)
 	$(call EVALUATE,table1) --limit $(RESULTS_TABLE1)
 	$(call EVALUATE,pairs)
@@ -95,7 +96,7 @@ results: $(VENV)/.dev $(VENV)/.native
 	$(call EVALUATE,fig5) --limit $(RESULTS_FIG5)
 	$(call EVALUATE,table2) --limit $(RESULTS_TABLE2)
 	$(BIN)/python benchmarks/results.py --data "$(DATA)" \
-	  $(addprefix $(RESULTS)/,public recorded robust table1 pairs real noblur fig4 fig1 fig5 table2)
+	  $(addprefix $(RESULTS)/,public recorded borders robust table1 pairs real noblur fig4 fig1 fig5 table2)
 
 GPU_JSON := benchmarks/results/gpu
 FFHQ := --prior ffhq-random --guidance pigdm --dtype float16 --channels-last --device cuda

@@ -209,8 +209,8 @@ WANTED = [
       for prefix, name in KERNELS),
     Wanted("no blur: fastem minus denoising, worst case", ">= -0.5 dB", "noblur", no_blur),
     Wanted("no blur: kernels that are a delta", ">= 100 %", "noblur", deltas),
-    *(Wanted(f"gain, circular minus valid, sigma {sigma}", "<= 0.5 dB", "recorded", partial(behind, sigma=sigma))
-      for sigma in LOW_NOISE),
+    *(Wanted(f"{prefix}gain, circular minus valid, sigma {sigma}", "<= 0.5 dB", name, partial(behind, sigma=sigma))
+      for prefix, name in (*KERNELS, ("the same part of the scene in both: ", "borders")) for sigma in LOW_NOISE),
     Wanted("noise not known, minus known", ">= -0.1 dB", "robust",
            partial(difference, a="fastem, sigma unknown", b="fastem")),
     Wanted("size of the kernel not known, minus known", ">= -0.3 dB", "robust",
