@@ -71,7 +71,7 @@ bench: $(VENV)/.dev $(VENV)/.native
 	  --compare $(CPU_JSON)-profile-native.json
 	$(BIN)/python benchmarks/report.py
 
-# A part of each protocol: the shard of public, images per source of the others; pairs, real and noblur are run whole.
+# Parts of protocols: the shard of public, images per source; those that are not named are run whole.
 RESULTS ?= build/results
 RESULTS_PUBLIC ?= 1/5
 RESULTS_ROBUST ?= 6

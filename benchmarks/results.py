@@ -30,7 +30,8 @@ FREE = ("synthetic-sharp-kodak24",)  # Kodak's suite was released for any use; t
 RELEASED = "Fast EM, released"
 LOW_NOISE = ("5", "10")
 NAMED = 8  # a section names its images where there are no more than these
-PARTS = {"public": "sigma", "fig5": "images of", "pairs": "images of"}  # tables kept beside those of all cases
+# Tables kept beside those of all cases.
+PARTS = {"public": "sigma", "borders": "sigma", "fig5": "images of", "pairs": "images of"}
 INTRODUCTION = """# Results
 
 Measured by `fastem evaluate` ([evaluation.md](evaluation.md) says how), and written by

@@ -16,6 +16,7 @@ from fastem.operators import Observation
 from fastem.samplers import DDPM, Eager, Execute, Noise, Rule, Sample, sample
 from fastem.schedules import Schedule, Step, time_of_sigma
 
+ROUNDS = 10  # of Diffusion EM
 PROBE_STEP = 0.1  # of sigma: how far `stein_risk` moves y
 LOW = 0.02  # cycles per pixel; at lower frequencies an image is its subject, not a power law
 
@@ -243,9 +244,10 @@ def delta_kernel(batch: int, size: tuple[int, int]) -> Tensor:
 
 def diffusion_em(
     model: nn.Module, observation: Observation, guidance: Guidance, schedule: Schedule, *, prior: KernelPrior,
-    kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = 10, beta: float = 1e5,
+    kernel_size: tuple[int, int], noise: Callable[[int], Noise], num_rounds: int = ROUNDS, beta: float = 1e5,
     num_iters: int = 10, compat: str = "paper", rule: Rule = DDPM(), r2: ErrorLaw = default_r2,  # noqa: B008  (frozen)
     execute: Execute = Eager, on_round: Callable[[int, Sample, Tensor], None] | None = None,
+    on_step: Callable[[Step, Tensor, Tensor], None] | None = None,
 ) -> Sample:  # fmt: skip
     """Diffusion EM, Algorithm A.1: posterior samples with the current kernel, then one M-step on them, L times.
 
@@ -256,8 +258,9 @@ def diffusion_em(
 
     def draw(k: Tensor, round_: int) -> Sample:
         return sample(
-            model, observation, Known(k), guidance, schedule, noise=noise(round_), rule=rule, r2=r2, execute=execute
-        )
+            model, observation, Known(k), guidance, schedule, noise=noise(round_), rule=rule, r2=r2, execute=execute,
+            on_step=on_step,
+        )  # fmt: skip
 
     k = delta_kernel(observation.y.shape[0], kernel_size).to(observation.y)
     for round_ in range(num_rounds):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -18,14 +18,35 @@ from PIL import Image
 from torch import Tensor
 
 from fastem import io, noise, ops, photo, runtime
-from fastem.em import HQS, EdgeEM, Known, delta_kernel, denoise_observation, diffusion_em, noise_level, stein_risk
+from fastem.em import (
+    HQS,
+    ROUNDS,
+    EdgeEM,
+    Known,
+    delta_kernel,
+    denoise_observation,
+    diffusion_em,
+    noise_level,
+    stein_risk,
+)
 from fastem.guidance import DPS, ErrorLaw, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
 from fastem.initial import CoarseToFine, centre, centre_by_pixels, drop_faint, find_kernel_size, without_lobes
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
 from fastem.ops.backend import Backend, use_backend
-from fastem.samplers import DDPM, Eager, KernelEstimator, PhiloxNoise, PlugAndPlay, Renoise, Rule, Sample, sample
+from fastem.samplers import (
+    DDPM,
+    Eager,
+    Execute,
+    KernelEstimator,
+    PhiloxNoise,
+    PlugAndPlay,
+    Renoise,
+    Rule,
+    Sample,
+    sample,
+)
 from fastem.schedules import Schedule, Step
 from fastem.varying import VaryingBlur, VaryingMean, Windows, WindowSums, fit_kernels
 
@@ -99,7 +120,9 @@ class Restoration:
     samples: np.ndarray  # (n, H, W, C) float32 in [0, 1], all particles
     sigma: float  # std of the noise used, image units
     sigma_estimated: bool
-    reblur: float  # chi^2 = ||k * x - y||^2 / (M sigma^2): about 1 where the model explains the image
+    # chi^2 = ||k * x - y||^2 / (M sigma^2), about 1 where the model explains the image. Here k still has the lobes of
+    # the interpolation that centred it (`fastem.initial.centre`), which `kernel` is without.
+    reblur: float
     trace: list[dict] = field(default_factory=list)  # one record per step
     warnings: list[str] = field(default_factory=list)
     kernels: np.ndarray | None = None  # (rows, cols, h, w) float32 where the blur varies; `kernel` is that of the whole
@@ -491,34 +514,36 @@ class Deblurrer:
             y, sigma, seeds, kernel=first.kernel, gamma=gamma, on_step=on_step, canvas=first.canvas, tile=tile,
             refine=refine,
         )  # fmt: skip
-        residual = reblur_residual(drawn, y, canvas, gamma, self._seen(y))
-        kernels = None
+        explain = partial(reblur_residual, k=drawn.kernel, y=y, canvas=canvas, gamma=gamma, seen=self._seen(y))
+        residual, kernels = explain(drawn.images.mean(dim=1)), None
         k = without_lobes(drawn.kernel)
         asked = self.varying and first.kernel is None and float(k.max()) < 1
         if asked and photo.blur_varies(_inside(residual[0], k.shape[-2:])):
             drawn, blurs = self._vary(y, sigma, seeds, k, canvas, tile)
-            residual, kernels = canvas.crop(blurs(drawn.images.mean(dim=1))) - y, blurs.on_grid()
-        restored = self._restorations(jobs, drawn, canvas, residual, sigma, trace, later)
+            explain = partial(reblur_residual, k=blurs, y=y, canvas=canvas)
+            residual, kernels = explain(drawn.images.mean(dim=1)), blurs.on_grid()
+        chosen = self._chosen(drawn, explain, sigma)
+        restored = self._restorations(jobs, drawn, canvas, residual, chosen, sigma, trace, later)
         if kernels is not None and isinstance(restored[0], Restoration):
             restored[0].kernels = kernels.cpu().numpy()
         return restored
 
     def _restorations(
-        self, jobs: Sequence[_Job], drawn: Sample, canvas: Canvas, residual: Tensor, sigma: Tensor, trace: list[dict],
-        later: runtime.Transfers | None,
+        self, jobs: Sequence[_Job], drawn: Sample, canvas: Canvas, residual: Tensor, chosen: Tensor, sigma: Tensor,
+        trace: list[dict], later: runtime.Transfers | None,
     ) -> list[Restoration | Exception]:  # fmt: skip
         samples = canvas.crop(drawn.images)
         kernels = without_lobes(drawn.kernel)
         finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
-        leaving = (later or runtime.Transfers(None)).fetch([samples, kernels, finite, residual, sigma])
+        leaving = (later or runtime.Transfers(None)).fetch([samples, kernels, finite, residual, chosen, sigma])
 
         def finish(i: int) -> Restoration | Exception:
-            x, k, ok, e, s = (t[i] for t in leaving.get())
+            x, k, ok, e, shown, s = (t[i] for t in leaving.get())
             job, level = jobs[i], float(s)
             if not math.isclose(level, job.sigma, rel_tol=1e-6):  # of float32
                 upper = job.upper or math.isclose(level, BLIND_SIGMA, rel_tol=1e-6)
                 job = replace(job, sigma=level, upper=upper)
-            return self._restoration(job, x, k[0], e, trace) if ok else NumericError(NOT_FINITE)
+            return self._restoration(job, x, int(shown), k[0], e, trace) if ok else NumericError(NOT_FINITE)
 
         rows = range(len(jobs))
         return [runtime.Later(partial(finish, i)) for i in rows] if later else [finish(i) for i in rows]
@@ -536,7 +561,8 @@ class Deblurrer:
         def draw(schedule: Schedule, inflation: float, run: int, on_step: Any = None, still: bool = False) -> Sample:
             guide = VaryingMean(blurs, inflation)
             noise_ = PhiloxNoise(seeds, self.particles, tuple(observation.y.shape[1:]), run)
-            return self._draw(model, observation, Known(k), guide, schedule, noise_, on_step, still)
+            # Eager: a recorded step would hold these kernels, and be of use to no other run.
+            return self._draw(model, observation, Known(k), guide, schedule, noise_, on_step, still, execute=Eager)
 
         with use_backend(self.backend):
             for run, inflation in enumerate(self.effort.inflations, 1):
@@ -545,7 +571,9 @@ class Deblurrer:
                 blurs = VaryingBlur(windows, fit_kernels(sums.cross, sums.energy, blurs.kernels, windows))
             return draw(self._schedule(), KERNEL_INFLATION, 0, still=self.mode is Mode.MEAN), blurs
 
-    def _restoration(self, job: _Job, samples: Tensor, k: Tensor, e: Tensor, trace: list[dict]) -> Restoration:
+    def _restoration(
+        self, job: _Job, samples: Tensor, chosen: int, k: Tensor, e: Tensor, trace: list[dict]
+    ) -> Restoration:  # fmt: skip
         """Samples `(n, C, H, W)`, kernel `(h, w)` and residual `(C, H, W)` on the host, in the form of the input."""
         notes, chi2 = list(job.notes), float(e.square().mean() / job.sigma**2)
         if job.kernel is None and float(k.max()) == 1:
@@ -557,22 +585,23 @@ class Deblurrer:
             notes.append(f"W_VARYING: one blur does not explain the whole image (reblur chi^2 {chi2:.2f}): {advice}")
         elif chi2 > 2 or chi2 < 0.5 and not job.upper:
             notes.append(f"W_SIGMA: reblur chi^2 is {chi2:.2f}, far from 1: is sigma right?")
-        image = job.picture.back(self._one_of(samples, k, job.picture.y[0], job.sigma))
+        averaged = self.mode is Mode.MEAN and self.compat != "released"
+        image = job.picture.back(samples.mean(dim=0) if averaged else samples[chosen])
         return Restoration(
-            image, k.numpy().copy(), samples.permute(0, 2, 3, 1).numpy().copy(), job.sigma,
-            job.estimated, chi2, list(trace), notes,
+            image, k.numpy().copy(), samples.permute(0, 2, 3, 1).numpy().copy(), job.sigma, job.estimated, chi2,
+            list(trace), notes,
         )  # fmt: skip
 
-    def _one_of(self, samples: Tensor, k: Tensor, y: Tensor, sigma: float) -> Tensor:
-        """The image to show of particles `(n, C, H, W)`; the released program shows the first."""
-        if self.compat == "released" or len(samples) == 1:
-            return samples[0]
-        if self.mode is Mode.MEAN:
-            return samples.mean(dim=0)
-        border = [m // 2 for m in k.shape[-2:]]  # of the reblurred image, which wraps around there
-        inner = tuple(slice(b, n - b) if n > 4 * b else slice(None) for n, b in zip(y.shape[-2:], border, strict=True))
-        e = (blur(samples, k.expand(len(samples), 1, -1, -1)) - y)[(..., *inner)]
-        return samples[(e.square().mean(dim=(1, 2, 3)) / sigma**2 - 1).abs().argmin()]
+    def _chosen(self, drawn: Sample, explain: Callable[[Tensor], Tensor], sigma: Tensor) -> Tensor:
+        """The particle of each image to show if they are not averaged, `(B,)`: that with the reblur chi^2 nearest to 1.
+
+        The released program shows the first.
+        """
+        images = drawn.images
+        if self.compat == "released" or images.shape[1] == 1 or self.mode is Mode.MEAN:
+            return torch.zeros(len(images), dtype=torch.long, device=images.device)
+        chi2 = torch.stack([explain(x).square().mean(dim=(1, 2, 3)) / sigma**2 for x in images.unbind(1)], dim=1)
+        return (chi2 - 1).abs().argmin(dim=1)
 
     def _to_device(self, t: Tensor) -> Tensor:
         return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t
@@ -606,7 +635,8 @@ class Deblurrer:
 
         `canvas` is that of all images (None: chosen from them); `tile` as for the engine, and stronger. `refine`
         `(B,)`, bool: whose sigma is a guess that the search for the kernel improves (`fastem.em.noise_level`). Returns
-        the particles, the canvas, one record per step, and the sigma `(B,)` of the last run.
+        the particles, the canvas, one record per step, and the sigma `(B,)` of the last run. Of the kernels those that
+        were found here may have small values below 0 (`fastem.initial.centre`).
 
         The result of an image depends on its pixels, sigma and seed, not on the other images of the batch.
         """
@@ -642,12 +672,13 @@ class Deblurrer:
         prior = PnP(self.kernel_denoiser, self.lam)
         with use_backend(self.backend):
             if self.method is Method.DIFFUSION_EM and kernel is None:
-                guide = self._guide()
+                guide, searched = self._guide(), (ROUNDS - (self.compat == "released")) * len(schedule)
                 drawn = diffusion_em(
                     model, observation, guide, schedule, prior=prior, kernel_size=ksize, noise=philox,
                     compat=self.compat, rule=_rule(guide), r2=_r2(guide, self.model), execute=self.execute,
+                    on_step=record,
                 )  # fmt: skip
-                return drawn, canvas, trace, observation.sigma
+                return _projected(drawn), canvas, trace, observation.sigma
             if kernel is not None:
                 known, sharp = kernel.to(y), torch.zeros(len(y), dtype=torch.bool, device=y.device)
             elif self.m_step == "hqs":
@@ -656,7 +687,7 @@ class Deblurrer:
                 assumed = observation if once else _blind(observation)
                 drawn = self._draw(model, assumed, estimator, guide, schedule, philox(0 if once else 1), record)
                 if once:
-                    return drawn, canvas, trace, observation.sigma
+                    return _projected(drawn), canvas, trace, observation.sigma
                 known, sharp = drop_faint(drawn.kernel), torch.zeros(len(y), dtype=torch.bool, device=y.device)
                 searched = len(trace)
             else:
@@ -682,6 +713,7 @@ class Deblurrer:
     def _draw(
         self, model: torch.nn.Module, observation: Observation, estimator: KernelEstimator, guide: Guidance,
         schedule: Schedule, noise_: PhiloxNoise, record: Any = None, still: bool = False,
+        execute: Execute | None = None,
     ) -> Sample:  # fmt: skip
         """One run of the sampler; `still`: without noise but that of its start, for guidances that have no Jacobian."""
         x_start = None
@@ -693,7 +725,7 @@ class Deblurrer:
         rule, r2 = (PlugAndPlay(), still_r2) if still else (_rule(guide), _r2(guide, self.model))
         return sample(
             model, observation, estimator, guide, schedule, noise=noise_, rule=rule, r2=r2, error=self.model.r2,
-            x_start=x_start, execute=self.execute, on_step=record,
+            x_start=x_start, execute=execute or self.execute, on_step=record,
         )  # fmt: skip
 
     def _find_kernel(
@@ -761,7 +793,7 @@ class Deblurrer:
         def reblurred(y: Tensor) -> Tensor:
             guide = PosteriorMean(KERNEL_INFLATION)
             drawn = self._draw(model, observed(y), Known(k), guide, schedule, noise_, still=True)
-            return y + reblur_residual(drawn, y, canvas, window.gamma, seen)
+            return y + reblur_residual(drawn.images.mean(dim=1), k, y, canvas, window.gamma, seen)
 
         def denoised(y: Tensor) -> Tensor:
             e = canvas.crop(denoise_observation(model, observed(y))) - y
@@ -789,7 +821,7 @@ class Deblurrer:
 
     def _find_size(self, y: Tensor, sigma: float | Tensor, gamma: float, tile: int | None) -> tuple[int, int]:
         """A support that holds the blur of every image of the batch."""
-        largest = max(min(LARGEST_AUTO, *(n // 2 for n in y.shape[-2:])), 5)
+        largest = max(min(LARGEST_AUTO, *((n // 2 - 1) | 1 for n in y.shape[-2:])), 5)
         start = (min(FIRST_AUTO, largest),) * 2
         canvas = self._canvas(y, start)
         with use_backend(self.backend):
@@ -895,19 +927,25 @@ def _r2(guide: Guidance, model: torch.nn.Module) -> ErrorLaw:
     return model.error_spectrum if isinstance(guide, PiGDM) else default_r2
 
 
+def _projected(drawn: Sample) -> Sample:
+    """With the kernel as it is returned: recentring left small values below 0."""
+    return Sample(drawn.x, ops.project_kernel(drawn.kernel), drawn.trace)
+
+
 def reblur_chi2(
     drawn: Sample, y: Tensor, canvas: Canvas, sigma: Tensor, gamma: float = 1.0, seen: Tensor | None = None
 ) -> Tensor:
     """`||k * x - y||^2 / (M sigma^2)` of each image, `(B,)`: y `(B, C, H, W)`, sigma `(B,)`, x the mean particle."""
-    return reblur_residual(drawn, y, canvas, gamma, seen).square().mean(dim=(1, 2, 3)) / sigma**2
+    e = reblur_residual(drawn.images.mean(dim=1), drawn.kernel, y, canvas, gamma, seen)
+    return e.square().mean(dim=(1, 2, 3)) / sigma**2
 
 
-def reblur_residual(drawn: Sample, y: Tensor, canvas: Canvas, gamma: float = 1.0, seen: Tensor | None = None) -> Tensor:
-    """`k * x - y` like y, blurred in linear light; 0 where a pixel was not seen."""
-    light = drawn.images.mean(dim=1)
-    if gamma != 1:
-        light = light**gamma
-    again = canvas.crop(blur(light, drawn.kernel))
+def reblur_residual(
+    x: Tensor, k: Tensor | VaryingBlur, y: Tensor, canvas: Canvas, gamma: float = 1.0, seen: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`k * x - y` like y, blurred in linear light; 0 where a pixel was not seen. x `(B, C, H, W)` on the canvas."""
+    light = x if gamma == 1 else x**gamma
+    again = canvas.crop(k(light) if isinstance(k, VaryingBlur) else blur(light, k))
     if gamma != 1:
         again = again.clamp(min=0) ** (1 / gamma)
     return again - y if seen is None else (again - y) * seen

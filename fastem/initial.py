@@ -127,14 +127,14 @@ def find_kernel_size(
     y: Tensor, start: int, largest: int, *, periodic: bool = False, seen: Tensor | None = None,
     search: CoarseToFine = CoarseToFine(),
 ) -> int:  # fmt: skip
-    """A side, in pixels, of a support that holds the kernel of each image: odd, from 9 to about `largest`.
+    """A side, in pixels, of a support that holds the kernel of each image: odd, from 9 to `largest`.
 
     A kernel larger than its support piles up at the border of the support: then the support grows by half. One that
     fits is cut to the rows and columns that hold its mass, and a margin.
 
     Args:
         y: `(B, C, H, W)` in [0, 1], denoised.
-        start, largest: sides to begin and to end with; not larger than the image.
+        start, largest: odd sides to begin and to end with; not larger than the image.
         periodic: y has no border.
         seen: see `CoarseToFine`.
     """
@@ -216,8 +216,8 @@ def centre_by_pixels(k: Tensor) -> Tensor:
 def centre(k: Tensor) -> Tensor:
     """Moves each kernel until its centre of mass is at `(h // 2, w // 2)`: it blurs an image and does not move it.
 
-    Sinc interpolation, so that only the phase of the OTF changes: there are values below 0 (`without_lobes`). Kernels
-    have a positive sum.
+    Sinc interpolation: where the support leaves room for its lobes, only the phase of the OTF changes. The result sums
+    to 1 and has values below 0 (`without_lobes`). Kernels have a positive sum.
     """
     h, w = k.shape[-2:]
     k = centre_by_pixels(k)

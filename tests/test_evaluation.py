@@ -203,9 +203,8 @@ def test_resume_and_shards(data, tiny, prior, tmp_path):
     for _, _row in zip(range(3), first.run(), strict=False):  # ended after three rows
         pass
     again = start("parts")
-    assert again.left < 8
-    rest = list(again.run())
-    assert len(rest) == again.total - (8 - len(rest))
+    assert (left := again.left) < 8
+    assert len(list(again.run())) == left
     scores = ("psnr", "kernel_error", "observation")
     assert _scores(read_rows(row_files(tmp_path / "parts")), scores) == _scores(whole, scores)
 
@@ -270,6 +269,15 @@ def test_denoising():
     assert metrics.psnr(estimate.image, p.x) > metrics.psnr(p.y, p.x) + 4 and sigma == p.sigma
     np.testing.assert_array_equal(estimate.kernel, p.kernel)
     assert (costs["forwards"], costs["vjps"]) == (1, 0) and costs["gflop"] > 0
+
+
+def test_networks_of_16_bits_are_counted(prior):
+    """Each engine has a copy of its own."""
+    halves = {"kind": "engine", "known": True, "options": {"steps": 2, "precision": "bf16", "prior": str(prior)}}
+    given = {"cases": [{"source": "photos"}], "methods": {"a": halves, "b": halves}}
+    contestants = running.Contestants(parse_protocol(given, "p"))
+    for name in ("a", "b", "a"):
+        assert contestants.run(name, problem())[2]["forwards"] == 2
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

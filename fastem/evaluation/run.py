@@ -209,8 +209,8 @@ class Contestants:
     def __init__(self, protocol: Protocol, *, prior: str | None = None, device: str = "auto") -> None:
         self._protocol, self._prior, self._device = protocol, prior, device
         self._engines: dict[tuple, Deblurrer] = {}
-        self._networks: dict[str, nn.Module] = {}
-        self._counters: dict[str, NetworkCounter] = {}
+        self._networks: dict[tuple[str, str], nn.Module] = {}  # by prior and precision
+        self._counters: dict[nn.Module, NetworkCounter] = {}  # engines of 16 bits have a copy each
 
     def engine(self, name: str, kernel_size: tuple[int, int] = (33, 33)) -> Deblurrer:
         """The engine of a method at a kernel size.
@@ -222,16 +222,17 @@ class Contestants:
             options = {"device": self._device, "kernel_size": kernel_size} | self._protocol.methods[name].options
             source = str(self._prior or options.pop("prior", "natural"))
             options.pop("prior", None)
+            kept = source, str(options.get("precision", "auto"))
             try:
-                engine = Deblurrer(self._networks.get(source, source), **options)
+                engine = Deblurrer(self._networks.get(kept, source), **options)
             except (TypeError, ValueError) as error:
                 if getattr(error, "code", None):
                     raise
                 raise ProtocolError(f"method {name!r}: {error}") from None
             self._engines[name, kernel_size] = engine
-            if source not in self._networks:
-                self._networks[source] = engine.model
-                self._counters[source] = NetworkCounter(engine.model)
+            self._networks.setdefault(kept, engine.model)
+            if engine.model not in self._counters:
+                self._counters[engine.model] = NetworkCounter(engine.model)
         return self._engines[name, kernel_size]
 
     def configs(self, names: list[str]) -> dict[str, dict]:
@@ -370,7 +371,7 @@ class Evaluation:
             row |= {name: value for name, value in found.items() if value is not None}
             if estimate.warnings:
                 row["warnings"] = " ".join(estimate.warnings)
-        except (ValueError, ArithmeticError, MemoryError) as error:
+        except (ValueError, ArithmeticError, MemoryError, torch.OutOfMemoryError) as error:
             if isinstance(error, FastemError) or getattr(error, "code", None):
                 raise
             row["error"] = " ".join(str(error).split())
