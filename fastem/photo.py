@@ -1,5 +1,5 @@
-"""What a photograph tells before and after it is deblurred: is there a blur at all, is it the same everywhere, how
-large is it, and what did the camera do to the pixels (compression, highlights)."""
+"""What a photograph tells before and after it is deblurred: is there a blur at all, is it the same everywhere, and what
+did the camera do to the pixels (compression, highlights)."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def blur_varies(residual: Tensor) -> bool:
     """Whether one kernel for the whole image leaves a residual `(C, H, W)` much larger in some places than in most.
 
     Its mean square in blocks is compared. Where the blur differs from the kernel, edges stay in the residual; a wrong
-    sigma raises or lowers all blocks alike. Above the threshold lies none of 30 photographs with one blur (noise of
-    0.5 to 5 grey levels, ten of them JPEG files), and half of 26 that a turning camera blurred (docs/real_photos.md).
+    sigma raises or lowers all blocks alike. Above the threshold lies none of 28 photographs with one blur (noise of
+    0.5 and 2 grey levels, ten of them JPEG files), and half of 26 that a turning camera blurred (docs/real_photos.md).
     Fewer than nine blocks are too few to tell.
     """
     if min(residual.shape[-2:]) < BLOCK:
