@@ -30,7 +30,7 @@ from fastem.em import (
     stein_risk,
 )
 from fastem.guidance import DPS, ErrorLaw, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
-from fastem.initial import CoarseToFine, centre, centre_by_pixels, drop_faint, find_kernel_size, without_lobes
+from fastem.initial import CoarseToFine, centre, centre_by_pixels, drop_faint, find_kernel_size
 from fastem.models import EpsModel, load_kernel_denoiser, load_model
 from fastem.mstep import PnP
 from fastem.operators import Canvas, Observation, blur
@@ -120,9 +120,7 @@ class Restoration:
     samples: np.ndarray  # (n, H, W, C) float32 in [0, 1], all particles
     sigma: float  # std of the noise used, image units
     sigma_estimated: bool
-    # chi^2 = ||k * x - y||^2 / (M sigma^2), about 1 where the model explains the image. Here k still has the lobes of
-    # the interpolation that centred it (`fastem.initial.centre`), which `kernel` is without.
-    reblur: float
+    reblur: float  # chi^2 = ||k * x - y||^2 / (M sigma^2): about 1 where the model explains the image
     trace: list[dict] = field(default_factory=list)  # one record per step
     warnings: list[str] = field(default_factory=list)
     kernels: np.ndarray | None = None  # (rows, cols, h, w) float32 where the blur varies; `kernel` is that of the whole
@@ -516,10 +514,9 @@ class Deblurrer:
         )  # fmt: skip
         explain = partial(reblur_residual, k=drawn.kernel, y=y, canvas=canvas, gamma=gamma, seen=self._seen(y))
         residual, kernels = explain(drawn.images.mean(dim=1)), None
-        k = without_lobes(drawn.kernel)
-        asked = self.varying and first.kernel is None and float(k.max()) < 1
-        if asked and photo.blur_varies(_inside(residual[0], k.shape[-2:])):
-            drawn, blurs = self._vary(y, sigma, seeds, k, canvas, tile)
+        asked = self.varying and first.kernel is None and float(drawn.kernel.max()) < 1
+        if asked and photo.blur_varies(_inside(residual[0], drawn.kernel.shape[-2:])):
+            drawn, blurs = self._vary(y, sigma, seeds, drawn.kernel, canvas, tile)
             explain = partial(reblur_residual, k=blurs, y=y, canvas=canvas)
             residual, kernels = explain(drawn.images.mean(dim=1)), blurs.on_grid()
         chosen = self._chosen(drawn, explain, sigma)
@@ -533,9 +530,8 @@ class Deblurrer:
         trace: list[dict], later: runtime.Transfers | None,
     ) -> list[Restoration | Exception]:  # fmt: skip
         samples = canvas.crop(drawn.images)
-        kernels = without_lobes(drawn.kernel)
         finite = drawn.x.isfinite().flatten(1).all(1) & drawn.kernel.isfinite().flatten(1).all(1)
-        leaving = (later or runtime.Transfers(None)).fetch([samples, kernels, finite, residual, chosen, sigma])
+        leaving = (later or runtime.Transfers(None)).fetch([samples, drawn.kernel, finite, residual, chosen, sigma])
 
         def finish(i: int) -> Restoration | Exception:
             x, k, ok, e, shown, s = (t[i] for t in leaving.get())
@@ -635,8 +631,7 @@ class Deblurrer:
 
         `canvas` is that of all images (None: chosen from them); `tile` as for the engine, and stronger. `refine`
         `(B,)`, bool: whose sigma is a guess that the search for the kernel improves (`fastem.em.noise_level`). Returns
-        the particles, the canvas, one record per step, and the sigma `(B,)` of the last run. Of the kernels those that
-        were found here may have small values below 0 (`fastem.initial.centre`).
+        the particles, the canvas, one record per step, and the sigma `(B,)` of the last run.
 
         The result of an image depends on its pixels, sigma and seed, not on the other images of the batch.
         """

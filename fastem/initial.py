@@ -214,10 +214,10 @@ def centre_by_pixels(k: Tensor) -> Tensor:
 
 
 def centre(k: Tensor) -> Tensor:
-    """Moves each kernel until its centre of mass is at `(h // 2, w // 2)`: it blurs an image and does not move it.
+    """Moves each kernel until its centre of mass is at `(h // 2, w // 2)`, within a tenth of a pixel: it blurs an image
+    and does not move it.
 
-    Sinc interpolation: where the support leaves room for its lobes, only the phase of the OTF changes. The result sums
-    to 1 and has values below 0 (`without_lobes`). Kernels have a positive sum.
+    Sinc interpolation, less what falls below 0 or is faint. Kernels have a positive sum.
     """
     h, w = k.shape[-2:]
     k = centre_by_pixels(k)
@@ -226,13 +226,7 @@ def centre(k: Tensor) -> Tensor:
         torch.sinc(torch.arange(n, device=k.device)[:, None] - torch.arange(n, device=k.device) + u[:, None, None])
         for n, u in ((h, off[:, 0]), (w, off[:, 1]))
     )
-    k = (rows @ k[:, 0] @ cols.mT)[:, None]
-    return k / k.sum(dim=(-2, -1), keepdim=True)
-
-
-def without_lobes(k: Tensor) -> Tensor:
-    """The kernel to show for one that `centre` moved: without what is below 0 or faint. Others stay as they are."""
-    return torch.where(k.amin(dim=(-2, -1), keepdim=True) < 0, drop_faint(k), k)
+    return drop_faint((rows @ k[:, 0] @ cols.mT)[:, None].clamp(min=0))
 
 
 def _smallest(y: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,15 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastem import ops
-from fastem.initial import (
-    CoarseToFine,
-    centre,
-    centre_by_pixels,
-    difference_spectra,
-    fit_on_simplex,
-    shrink,
-    without_lobes,
-)
+from fastem.initial import CoarseToFine, centre, centre_by_pixels, difference_spectra, fit_on_simplex, shrink
 from fastem.metrics import fourier_shift, kernel_correlation, kernel_error
 from fastem.operators import Canvas, blur
 from fastem.synth import degrade, motion_kernel
@@ -173,15 +165,9 @@ def test_centred_by_fractions_of_pixels(family):
     by = (2.3, -1.15), (2.4, -1.3), (1.6, 0.45), (-0.5, 0.25)
     moved = torch.cat([fourier_shift(one[None], u) for one, u in zip(k, by, strict=True)]).clamp(min=0)
     found = centre(moved)
-    otf, moved_otf = (ops.psf_to_otf(one, (64, 64)).abs() for one in (found, moved / moved.sum((-2, -1), keepdim=True)))
-    assert (otf - moved_otf).abs().max() < 0.05  # only its phase changes
-    assert found.min() < 0
-    shown = without_lobes(found)
-    for kernels in (found, shown):
-        assert (ops.centre_of_mass(kernels) - 16).abs().max() < 0.1
-        torch.testing.assert_close(kernels.sum((-2, -1)), torch.ones(4, 1, dtype=torch.float64))
-    assert shown.min() == 0
-    assert torch.equal(without_lobes(k), k)
-    for one, truth, whole in zip(shown, k, centre_by_pixels(moved), strict=True):
+    off = ops.centre_of_mass(found) - 16
+    assert off.abs().max() < 0.1 and found.min() >= 0
+    torch.testing.assert_close(found.sum((-2, -1)), torch.ones(4, 1, dtype=torch.float64))
+    for one, truth, whole in zip(found, k, centre_by_pixels(moved), strict=True):
         assert kernel_error(one[0], truth[0]) < 0.02
         assert (one - truth).norm() < (whole - truth).norm() / 2
