@@ -7,7 +7,7 @@
 #   make bench      the benchmarks of a CPU, about an hour; make gpu-bench: those of a GPU, with REFERENCE=path beside the
 #                   released program; both leave JSON in benchmarks/results/ and the table in benchmarks/README.md
 #   make results    DATA=folder of test images (docs/evaluation.md): measures quality anew, writes docs/results.md;
-#                   about two hours on two cores; called again, it goes on where it was stopped
+#                   about three hours of one core; called again, it goes on where it was stopped
 #   make lint  make wheel  make clean
 
 PYTHON ?= python3
