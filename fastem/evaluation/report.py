@@ -398,7 +398,9 @@ def _figure(panels: int = 1):
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _png(figure) -> bytes:
+def _png(figure, axes) -> bytes:
+    """With the legend of these axes beside the plot, where it hides nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     buffer = text_io.BytesIO()
     figure.savefig(buffer, dpi=110, metadata={"Software": None})
     return buffer.getvalue()
@@ -423,8 +425,7 @@ def _against_sigma(shared: dict[str, list[Row]], name: str, label: str, log: boo
         return b""
     axes.set(xlabel="sigma, grey levels", ylabel=label, yscale="log" if log else "linear")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return _png(figure)
+    return _png(figure, axes)
 
 
 def _plot_sigma(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
@@ -438,6 +439,7 @@ def _plot_kernel(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[
 
 def _plot_time(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
     figure, panels = _figure(2)
+    names = list(dict.fromkeys(series[method] or method for method in shared))  # of one colour in both panels
     for axes, cost, label in zip(
         panels, ("seconds", "gflop"), ("seconds per image", "GFLOP of the network"), strict=True
     ):
@@ -449,12 +451,12 @@ def _plot_time(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[by
                 lines.setdefault(series[method] or method, []).append(point)
         for name, points in lines.items():
             points.sort()
-            axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            axes.plot(x, y, marker="o", color=f"C{names.index(name) % 10}", label=name)
         if lines:
             axes.set(xlabel=label, ylabel="PSNR aligned, dB", xscale="log")
-            axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    return _png(figure), "PSNR over time and over work"
+    return _png(figure, panels[0]), "PSNR over time and over work"
 
 
 PLOTTERS = {"sigma": _plot_sigma, "time": _plot_time, "kernel": _plot_kernel}
