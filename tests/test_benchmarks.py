@@ -380,7 +380,7 @@ MEASURED = [  # what, the rows of each protocol, what is found, whether it holds
     ("no blur: kernels", {"noblur": [row("fastem", kernel_correlation=1.0), row("denoising", kernel_correlation=0.5)]},
      "100.0 % (1 of 1 case)", "yes"),
     ("gain, circular minus valid, sigma 10",  # the case that has both
-     {"recorded": [row("fastem", sigma="10", gain=4.0), row("fastem", "b", "10", "valid", gain=3.75),
+     {"public": [row("fastem", sigma="10", gain=4.0), row("fastem", "b", "10", "valid", gain=3.75),
                    row("fastem", "b", "10", gain=4.5)]},
      "+0.75 dB (1 image, 1 case)", "no"),
     ("noise not known", {"robust": psnr({"fastem": 25.0, "fastem, sigma unknown": 24.5})},
