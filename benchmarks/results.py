@@ -43,7 +43,8 @@ make results DATA=folder
 runs both, with reduced protocols, on the pictures in that folder. Thresholds of the guard (is there a blur?) and some
 choices of the search were made on pictures measured here, not on others. Each section says by which command, on which
 images, with which program and machine it was measured. It keeps the tables of all cases and few others;
-those by noise, border, images and kernels are in the `report.md` that `fastem evaluate` writes. A mean over fewer than eight images supports no
+those by noise, border, images and kernels are in the `report.md` that `fastem evaluate` writes. A mean over fewer
+than eight images supports no
 claim, whatever the last column of the first table says. The machine was shared, so read CPU seconds."""
 
 
