@@ -202,7 +202,9 @@ def noise_level(observation: Observation, X: Tensor, K: Tensor, num_iters: int =
     return variance.sqrt().flatten()
 
 
-def stein_risk(explain: Callable[[Tensor], Tensor], y: Tensor, sigma: Tensor, probe: Tensor) -> Tensor:
+def stein_risk(
+    explain: Callable[[Tensor], Tensor], y: Tensor, sigma: Tensor, probe: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """How far `explain(y)` is from y without its noise: mean squared error over sigma^2, `(B,)`, without the truth.
 
     Stein 1981, Eq. (1.4), its divergence along one random direction (Ramani, Blu and Unser 2008, Eq. (13)). An
@@ -212,12 +214,32 @@ def stein_risk(explain: Callable[[Tensor], Tensor], y: Tensor, sigma: Tensor, pr
         explain: an estimate of the image without noise, of y and deterministic.
         y: `(B, C, H, W)`, sigma `(B,)`.
         probe: like y, independent values of mean 0 and variance 1.
+
+    Returns:
+        The risk and `explain(y)`.
     """
     std = sigma.view(-1, 1, 1, 1)
     found = explain(y)
     moved = explain(y + PROBE_STEP * std * probe) - found
     divergence = (probe * moved / (PROBE_STEP * std)).mean(dim=(1, 2, 3))
-    return ((found - y) / std).square().mean(dim=(1, 2, 3)) - 1 + 2 * divergence
+    return ((found - y) / std).square().mean(dim=(1, 2, 3)) - 1 + 2 * divergence, found
+
+
+def place_between(
+    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], y: Tensor, sigma: Tensor, probe: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where y without its noise lies on the line from `first(y)` to `second(y)`: 0 and 1, `(B,)`, without the truth.
+
+    Below 1/2 the first is nearer to it: the difference of their risks, in units of their distance from each other. So
+    it does not depend on how much of the image is smooth, where both are alike, as the risks themselves do. Arguments
+    as for `stein_risk`.
+
+    Returns:
+        The place, and the standard deviation that the noise of y gives it.
+    """
+    (risk, a), (other, b) = (stein_risk(explain, y, sigma, probe) for explain in (first, second))
+    apart = ((a - b) / sigma.view(-1, 1, 1, 1)).square().mean(dim=(1, 2, 3)).clamp(min=1e-12)
+    return 0.5 + (risk - other) / (2 * apart), (apart * y[0].numel()).rsqrt()
 
 
 def denoise_observation(model: nn.Module, observation: Observation) -> Tensor:

@@ -27,7 +27,7 @@ from fastem.em import (
     denoise_observation,
     diffusion_em,
     noise_level,
-    stein_risk,
+    place_between,
 )
 from fastem.guidance import DPS, ErrorLaw, Guidance, PiGDM, PosteriorMean, default_r2, still_r2
 from fastem.initial import CoarseToFine, centre, centre_by_pixels, drop_faint, find_kernel_size
@@ -66,8 +66,8 @@ KERNEL_INFLATION = 1.15  # of sigma with the kernel that was found
 # At the noise where the search ends x follows y closely: a good kernel leaves 0.5 to 0.98.
 CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in units of the noise, is searched for again
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
-DOUBTFUL_WIDTH = 2.3, 1.9, 27.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
-RISK_SLACK = 0.002  # of the noise variance: so much worse than denoising may a kernel predict the photo
+DOUBTFUL_WIDTH = 2.3, 2.0, 29.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
+PROOF = 0.575  # so far from its restoration, blurred (0), towards its denoising (1) may a photo lie without its noise
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 PROBE_RUN = 1000  # the streams of the noise that judges, of which no restoration draws
 JUDGED_SIGMA = 5 / 255  # least noise under which a kernel proves itself
@@ -732,7 +732,7 @@ class Deblurrer:
         A start, then rounds of EM. The noise is sigma where no kernel was found.
 
         Each image keeps its first kernel that explains it, or the best of all; each search starts from other constants.
-        A doubtful image has no blur if no kernel predicts it about as well as its denoising does (`stein_risk`).
+        A doubtful image has no blur if no kernel predicts it about as well as its denoising does (`place_between`).
         """
         y, window, denoised = self._kernel_window(y, observation, ksize, tile)
         model = runtime.fit_to_size(self.model, window.size, tile)
@@ -758,8 +758,8 @@ class Deblurrer:
             k = centre(k)  # by the fraction too: this one restores
             misfit = reblur_chi2(drawn, y, canvas, window.sigma, observation.gamma, self._seen(y)) / CHI2_GOOD
             if bool((doubtful & ~(best <= 1)).any()):
-                above = self._risk_above_denoising(model, y, window, k, sigma, seeds)
-                misfit = torch.where(doubtful, 1 + above - RISK_SLACK, misfit)
+                place = self._place_of_photo(model, y, window, k, sigma, seeds)
+                misfit = torch.where(doubtful, place / PROOF, misfit)
             better = ~(best <= 1) & (misfit < best)
             found = torch.where(better.view(-1, 1, 1, 1), k, found)
             best = torch.where(better, misfit, best)
@@ -769,13 +769,14 @@ class Deblurrer:
                 break
         return found, sharp | doubtful & ~(best <= 1), level
 
-    def _risk_above_denoising(
+    def _place_of_photo(
         self, model: torch.nn.Module, y: Tensor, window: Observation, k: Tensor, sigma: Tensor, seeds: Tensor
     ) -> Tensor:  # fmt: skip
-        """The risk of predicting y by its restoration with k, less that of denoising y, `(B,)`; sigma of the noise.
+        """How far from its restoration with k, blurred (0), towards its denoising (1) y lies without its noise, `(B,)`.
 
-        Both get y with as much more noise as brings it to `JUDGED_SIGMA`: without noise denoising is hard to beat.
-        Their difference is right also where sigma is too large, as it is for photos that were compressed.
+        `place_between`, plus its standard deviation; sigma of the noise. Both predict y from y with as much more noise
+        as brings it to `JUDGED_SIGMA`: without noise denoising is hard to beat. The place is right also where sigma is
+        too large, as it is for photos that were compressed: both risks are too small by the same.
         """
         canvas, seen = window.canvas or Canvas(*window.size, window.size), self._seen(y)
         judged = sigma.clamp(min=JUDGED_SIGMA)
@@ -798,8 +799,8 @@ class Deblurrer:
         y, probe = y + (judged**2 - sigma**2).sqrt().view(-1, 1, 1, 1) * more, probe.sign()
         if seen is not None:
             probe = probe * seen
-        risk, plain = (stein_risk(explain, y, judged, probe) for explain in (reblurred, denoised))
-        return risk - plain
+        place, deviation = place_between(reblurred, denoised, y, judged, probe)
+        return place + deviation
 
     def _observe(self, y: Tensor, sigma: float | Tensor, canvas: Canvas, gamma: float) -> Observation:
         seen = self._seen(y)

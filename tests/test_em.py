@@ -15,6 +15,7 @@ from fastem.em import (
     diffusion_em,
     gradient_sums,
     noise_level,
+    place_between,
     stein_risk,
 )
 from fastem.guidance import PosteriorMean
@@ -268,5 +269,26 @@ def test_stein_risk_is_the_error_against_the_image_without_noise(gain):
         return gain * y + (1 - gain) * torch.nn.functional.avg_pool2d(y, 3, 1, 1)
 
     truth = ((explain(y) - x) / sigma.view(-1, 1, 1, 1)).square().mean(dim=(1, 2, 3))
-    found = stein_risk(explain, y, sigma, probe)
+    found, explained = stein_risk(explain, y, sigma, probe)
+    assert torch.equal(explained, explain(y))
     assert found.shape == (2,) and found == pytest.approx(truth, rel=0.03, abs=0.03)
+
+
+def test_place_between_is_where_the_image_without_noise_lies():
+    """Between box means and y itself, and within what the noise allows; seen from the other side it is 1 minus that."""
+    x, sigma = picture(2, 96, 96).double(), torch.tensor([0.1, 0.05], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    y = x + sigma.view(-1, 1, 1, 1) * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    probe = torch.randn(x.shape, generator=generator, dtype=torch.float64).sign()
+
+    def explain(gain):
+        return lambda y: gain * y + (1 - gain) * torch.nn.functional.avg_pool2d(y, 3, 1, 1)
+
+    a, b = explain(0.2), explain(0.9)
+    error, other, apart = ((e).square().mean(dim=(1, 2, 3)) for e in (a(y) - x, b(y) - x, a(y) - b(y)))
+    truth = 0.5 + (error - other) / (2 * apart)
+    place, deviation = place_between(a, b, y, sigma, probe)
+    assert place.shape == deviation.shape == (2,) and (deviation < 0.02).all() and (truth[0] - truth[1]).abs() > 0.2
+    assert ((place - truth).abs() < 4 * deviation).all()
+    assert place_between(b, a, y, sigma, probe)[0] == pytest.approx(1 - place)
+    assert place_between(a, a, y, sigma, probe)[0] == pytest.approx(0.5)
