@@ -283,6 +283,20 @@ def test_varying(monkeypatch):
     assert np.isfinite(taken.samples).all() and not np.array_equal(taken.image, plain.image)
 
 
+def test_steps_of_a_varying_blur_are_not_recorded(monkeypatch):
+    """A recorded step would hold the kernels of this image: what records sees only the steps with one kernel."""
+    _, _, y = blurred(48, 48, seed=3, size=5)
+    monkeypatch.setattr("fastem.photo.blur_varies", lambda residual: True)
+    seen = {}
+    for varying in (False, True):
+        engine, calls = quick(kernel_size=5, steps=2, varying=varying, guard=False), []
+        execute = engine.execute
+        engine.execute = lambda *args, **kw: calls.append(1) or execute(*args, **kw)  # noqa: B023
+        taken = engine(y, sigma=0.01)
+        seen[varying] = len(calls)
+    assert taken.kernels is not None and seen[False] == seen[True] > 0
+
+
 def test_kernel_size_auto():
     _, _, y = blurred(96, 96, seed=3, size=9)
     r = quick(kernel_size="auto", guard=False)(y, sigma=0.01)

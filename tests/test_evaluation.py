@@ -222,9 +222,10 @@ def _scores(rows, names) -> dict:
     }
 
 
-def test_a_failing_method_costs_a_row_not_the_run(data, tiny, prior, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [ValueError, MemoryError, torch.OutOfMemoryError])
+def test_a_failing_method_costs_a_row_not_the_run(data, tiny, prior, tmp_path, monkeypatch, error):
     def broken(problem):
-        raise ValueError("no such\nluck")
+        raise error("no such\nluck")
 
     monkeypatch.setitem(BASELINES, "wiener", broken)
     run = Evaluation(load_protocol(str(tiny)), data, tmp_path / "out", limit=1, methods=["wiener"], prior=str(prior))
