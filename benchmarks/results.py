@@ -40,11 +40,11 @@ Measured by `fastem evaluate` ([evaluation.md](evaluation.md) says how), and wri
 make results DATA=folder
 ```
 
-runs both, with reduced protocols, on the pictures in that folder. Thresholds of the guard (is there a blur?) and some
-choices of the search were made on pictures measured here, not on others. Each section says by which command, on which
-images, with which program and machine it was measured. It keeps the tables of all cases and few others;
-those by noise, border, images and kernels are in the `report.md` that `fastem evaluate` writes. A mean over fewer
-than eight images supports no
+runs both, with reduced protocols, on the pictures in that folder. Some choices of the search, and up to which width of
+edges the guard doubts a blur, were made on pictures measured here; what it takes for proof was chosen on others
+([architecture.md](architecture.md#how-the-kernel-is-found)). Each section says by which command, on which images, with
+which program and machine it was measured. It keeps the tables of all cases and few others; those by noise, border,
+images and kernels are in the `report.md` that `fastem evaluate` writes. A mean over fewer than eight images supports no
 claim, whatever the last column of the first table says. The machine was shared, so read CPU seconds."""
 
 
