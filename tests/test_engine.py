@@ -227,6 +227,17 @@ def test_nothing_to_deblur(monkeypatch):
     assert r.kernel.max() == 1 and r.trace == []  # such edges need no search
 
 
+def test_a_kernel_with_a_high_peak_needs_more_proof(monkeypatch):
+    """0.55: the photo lies a little nearer to its denoising than to its restoration, blurred."""
+    _, _, y = blurred(48, 48, seed=3, size=5)
+    monkeypatch.setattr("fastem.photo.edge_width", lambda image, sigma: SHARP_WIDTH + 0.1)
+    monkeypatch.setattr(Deblurrer, "_place_of_photo", lambda self, model, y, *_: y.new_full((len(y),), 0.55))
+    for peak, taken in ((1.1, True), (0.0, False)):
+        monkeypatch.setattr("fastem.engine.PEAK", peak)
+        r = quick(guard=True, kernel_size=5, steps=2)(y, sigma=0.01)
+        assert (r.kernel.max() < 1) == taken
+
+
 def test_the_guard_decides_for_each_image_of_a_batch():
     y = torch.stack([torch.from_numpy(v).permute(2, 0, 1) for v in (
         degrade(edges(64, 64, seed=3), np.ones((1, 1)), 0.01, 3).astype(np.float32), blurred(64, 64, seed=3, size=9)[2],
