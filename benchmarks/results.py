@@ -31,7 +31,7 @@ RELEASED = "Fast EM, released"
 LOW_NOISE = ("5", "10")
 NAMED = 8  # a section names its images where there are no more than these
 # Tables kept beside those of all cases.
-PARTS = {"public": "sigma", "borders": "sigma", "fig5": "images of", "pairs": "images of"}
+PARTS = {"public": "sigma", "recorded": "sigma", "borders": "sigma", "fig5": "images of", "pairs": "images of"}
 INTRODUCTION = """# Results
 
 Measured by `fastem evaluate` ([evaluation.md](evaluation.md) says how), and written by `benchmarks/results.py`.
@@ -40,12 +40,14 @@ Measured by `fastem evaluate` ([evaluation.md](evaluation.md) says how), and wri
 make results DATA=folder
 ```
 
-runs both, with reduced protocols, on the pictures in that folder. Some choices of the search, and up to which width of
-edges the guard doubts a blur, were made on pictures measured here; what it takes for proof was chosen on others
-([architecture.md](architecture.md#how-the-kernel-is-found)). Each section says by which command, on which images, with
-which program and machine it was measured. It keeps the tables of all cases and few others; those by noise, border,
-images and kernels are in the `report.md` that `fastem evaluate` writes. A mean over fewer than eight images supports no
-claim, whatever the last column of the first table says. The machine was shared, so read CPU seconds."""
+runs both on the pictures in that folder, with fewer cases where a protocol takes long (`RESULTS_PUBLIC=1/1` and its
+like take more of them): each section says by which command, on which images, with which program and machine it was
+measured, and how many cases there are. Some choices of the search, and up to which width of edges the guard doubts a
+blur, were made on pictures measured here; what it takes for proof was chosen on others
+([architecture.md](architecture.md#how-the-kernel-is-found)). A section keeps the tables of all cases and few others;
+those by noise, border, images and kernels are in the `report.md` that `fastem evaluate` writes. A mean over fewer than
+eight images supports no claim, whatever the last column of the first table says. The machine was shared, so read CPU
+seconds."""
 
 
 # ------------------------------------------------------------------------------------------------ wanted and reached
@@ -83,6 +85,8 @@ def average(rows: list[Row], name: str, form: str = "+.2f", unit: str = " dB") -
     mean, low, high = bootstrap_mean(values)
     interval = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
     cases = counted(sum(name in row for row in rows), "case")
+    if errors := sum("error" in row for row in rows):
+        cases += f", and {counted(errors, 'error')}"
     return Figure(mean, f"{mean:{form}}{interval}{unit} ({counted(len(values), 'image')}, {cases})")
 
 
@@ -113,8 +117,10 @@ def known_image(rows: list[Row], sigma: str) -> Figure | None:
 
 
 def better(rows: list[Row]) -> Figure | None:
-    found = minus(rows, "fastem", RELEASED)
-    return share(sum(row["difference"] > 0 for row in found), len(found))
+    """An error is a loss."""
+    found = report.common_cases(rows, ["fastem", RELEASED])
+    pairs = [[row.get("psnr_aligned", -math.inf) for row in case] for case in zip(*found.values(), strict=True)]
+    return share(sum(ours > theirs for ours, theirs in pairs), len(pairs))
 
 
 def cost(rows: list[Row], method: str, released: str = RELEASED) -> Figure | None:
@@ -136,10 +142,12 @@ def failures(rows: list[Row]) -> Figure | None:
 
 
 def no_blur(rows: list[Row], method: str = "fastem") -> Figure | None:
-    if not (found := minus(rows, method, "denoising")):
+    errors = [row | {"difference": -math.inf} for row in pick(rows, method) if "error" in row]
+    if not (found := [*minus(rows, method, "denoising"), *errors]):
         return None
     worst, within = min(found, key=lambda row: row["difference"]), sum(row["difference"] >= -0.5 for row in found)
-    text = f"{worst['difference']:+.2f} dB ({worst['image']}, sigma {worst['sigma']})"
+    text = f"{worst['difference']:+.2f} dB" if not errors else "an error"
+    text += f" ({worst['image']}, sigma {worst['sigma']})"
     return Figure(worst["difference"], f"{text}; {within} of {counted(len(found), 'case')} hold")
 
 
@@ -180,9 +188,14 @@ class Wanted:
     find: Callable[[list[Row]], Figure | None]
 
     def line(self, rows: dict[str, list[Row]]) -> list[str]:
-        """A row of the table, from the rows of each protocol that was run."""
+        """A row of the table, from the rows of each protocol that was run; it names those that change the figure."""
+
+        def found(names: list[str]) -> Figure | None:
+            return self.find([row for name in names for row in rows.get(name, [])])
+
         names = self.protocols.split()
-        figure = self.find([row for name in names for row in rows.get(name, [])])
+        figure = found(names)
+        names = [name for name in names if found([n for n in names if n != name]) != figure] or names
         text, holds = (figure.text, "") if figure else ("", "not measured")
         if figure and self.wanted:
             sign, bound, *_ = self.wanted.split()
@@ -204,6 +217,8 @@ WANTED = [
     Wanted("cases in which fastem is the better one", ">= 80 %", "table1 fig5 public", better),
     Wanted("PiGDM with the true kernel, minus fastem", "<= 1 dB", "table1 public",
            partial(difference, a="PiGDM, true kernel", b="fastem")),
+    *(Wanted(f"{prefix}fastem with the true kernel, minus fastem", "", name,
+             partial(difference, a="fastem, true kernel", b="fastem")) for prefix, name in KERNELS),
     Wanted("work over that of Fast EM, released, at no less PSNR: 6 steps", "<= 0.2", "fig1",
            partial(cost, method="6 steps", released="released, 100 steps")),
     Wanted("the same of the default", "", "table1 fig5", partial(cost, method="fastem")),
@@ -251,9 +266,12 @@ def command(folder: Path, data: Path) -> str:
     protocol = parse_protocol(table, name)
     found = [re.fullmatch(r"rows\.(\d+)of(\d+)\.csv", file.name) for file in row_files(folder)]
     shards = [(1, 1)] if None in found else [(int(m[1]), int(m[2])) for m in found]
-    if len(shards) == shards[0][1]:
-        shards = [(1, 1)]  # all of them
-    limit, finished = given_limit(protocol, data, shards, {tuple(row[k] for k in KEY) for row in rows})
+    seen = {tuple(row[k] for k in KEY) for row in rows}
+    limit, finished = given_limit(protocol, data, [(1, 1)], seen)
+    if finished:
+        shards = [(1, 1)]  # they come to the same
+    else:
+        limit, finished = given_limit(protocol, data, shards, seen)
     methods = [method for method in protocol.methods if method in run["configs"]]
     typed = f"fastem evaluate {name} --data folder -o results/{name}"
     typed += f" --limit {limit}" if limit else ""
@@ -279,7 +297,7 @@ def given_limit(protocol: Protocol, data: Path, shards: list[tuple[int, int]], s
 def section(folder: Path, data: Path, images: Path, most_sheets: int) -> list[report.Block]:
     """The main tables of one evaluation; pictures that may be shown are copied to `images`."""
     blocks, summary = report.build_report(folder)
-    name, kept, sheets, keep = summary["run"]["protocol"]["name"], [], 0, True
+    name, kept, sheets, keep, held_back = summary["run"]["protocol"]["name"], [], 0, True, False
     for block in blocks:
         match block:
             case report.Heading(text, 1):
@@ -292,6 +310,7 @@ def section(folder: Path, data: Path, images: Path, most_sheets: int) -> list[re
             case report.Picture(path):
                 is_sheet = path.startswith("sheets/")
                 if is_sheet and (sheets == most_sheets or not Path(path).name.startswith(FREE)):
+                    held_back = True
                     continue
                 sheets += is_sheet
                 target = images / f"results_{name}_{Path(path).name}"
@@ -299,6 +318,8 @@ def section(folder: Path, data: Path, images: Path, most_sheets: int) -> list[re
                 kept.append(replace(block, path=f"images/{target.name}"))
             case _ if keep:
                 kept.append(block)
+    if held_back and not sheets:
+        kept.append("Its pictures side by side may not be passed on; they lie where it was run, in `sheets/`.")
     return kept
 
 

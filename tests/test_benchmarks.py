@@ -346,6 +346,8 @@ MEASURED = [  # what, the rows of each protocol, what is found, whether it holds
      "+4.00 [+3.50, +4.50] dB (2 images, 2 cases)", "yes"),
     ("gain of blind", {"public": [row("fastem", gain=2.0), row("fastem", sigma="10", gain=3.0)]},
      "+2.50 dB (1 image, 2 cases)", "no"),
+    ("gain of blind", {"public": [row("fastem", gain=4.0), row("fastem", sigma="10", error="it broke")]},
+     "+4.00 dB (1 image, 1 case, and 1 error)", "yes"),
     ("median correlation", {"public": [row("fastem", str(c), kernel_correlation=c) for c in (0.1, 0.8, 0.9)]},
      "0.800 (3 cases)", "yes"),
     ("relative error of the kernel, sharp image known, sigma 10",
@@ -359,6 +361,10 @@ MEASURED = [  # what, the rows of each protocol, what is found, whether it holds
     ("cases in which fastem",
      {"table1": psnr({"fastem": 25.0, RELEASED: 23.5}) + psnr({"fastem": 22.0, RELEASED: 23.5}, image="b")},
      "50.0 % (1 of 2 cases)", "no"),
+    ("cases in which fastem", {"table1": [row("fastem", error="it broke"), row(RELEASED, psnr_aligned=3.0)]},
+     "0.0 % (0 of 1 case)", "no"),
+    ("recorded kernels alone: fastem with the true",
+     {"recorded": psnr({"fastem": 25.0, "fastem, true kernel": 26.5})}, "+1.50 dB (1 image, 1 case)", ""),
     ("PiGDM", {"table1": psnr({"fastem": 25.0, "PiGDM, true kernel": 26.5})}, "+1.50 dB (1 image, 1 case)", "no"),
     ("work over", {"fig1": [r | {"gflop": WORK[r["method"]]} for r in psnr({"6 steps": 25.0, OF_FIG1: 24.0})]},
      "0.100 (10 / 100 GFLOP); PSNR +1.00 dB (1 image, 1 case)", "yes"),
@@ -377,6 +383,9 @@ MEASURED = [  # what, the rows of each protocol, what is found, whether it holds
     ("no blur: fastem",
      {"noblur": psnr({"fastem": 30.0, "denoising": 30.4}) + psnr({"fastem": 29.0, "denoising": 30.0}, image="b")},
      "-1.00 dB (b, sigma 5); 1 of 2 cases hold", "no"),
+    ("no blur: fastem",
+     {"noblur": [row("fastem", "b", error="it broke"), *psnr({"fastem": 30.0, "denoising": 30.4})]},
+     "an error (b, sigma 5); 1 of 2 cases hold", "no"),
     ("no blur: kernels", {"noblur": [row("fastem", kernel_correlation=1.0), row("denoising", kernel_correlation=0.5)]},
      "100.0 % (1 of 1 case)", "yes"),
     ("gain, circular minus valid, sigma 10",  # the case that has both
@@ -402,6 +411,23 @@ def test_a_wanted_figure_is_found(what, rows, reached, holds):
     _, table, _ = script("results").wanted_and_reached(rows)
     (line,) = [line for line in table.rows if line[0].startswith(what)]
     assert (line[2], line[4]) == (reached, holds)
+
+
+def test_a_wanted_figure_names_the_protocols_it_is_of():
+    public = psnr({"fastem": 25.0, "l0 MAP": 20.0})
+    table1, fig5 = (psnr({"fastem": 25.0, RELEASED: 23.5}, image=image) for image in "ab")
+
+    def named(**rows) -> str:
+        _, table, _ = script("results").wanted_and_reached(rows)
+        (line,) = [line for line in table.rows if line[0].startswith("fastem minus Fast EM")]
+        return line[3]
+
+    assert named(table1=table1, fig5=fig5, public=public) == "table1, fig5"
+    assert named(table1=table1, public=public) == "table1"
+    assert named(table1=table1, fig5=table1) == "table1, fig5, public"  # either would do
+    turbo = [row("fastem, turbo", psnr_aligned=25.0, gflop=25.0)]
+    found = script("results").Wanted("", "", "robust table1", lambda rows: script("results").share(len(rows), 1))
+    assert found.line({"robust": turbo, "table1": table1})[3] == "robust, table1"
 
 
 def test_what_was_not_run_was_not_measured():
@@ -431,7 +457,7 @@ def evaluated(folder: Path, data: Path, limit: int | None = None, shard=(1, 1), 
     """A folder as `fastem evaluate fig5` leaves it, with rows of nothing."""
     protocol = evaluation.load_protocol("fig5")
     run = {"protocol": protocol.to_dict(), "configs": dict.fromkeys(methods or protocol.methods, {}), "program": "0",
-           "machine": {"cpu": "", "gpu": "", "fastem": "", "torch": "", "threads": 1}}  # fmt: skip
+           "plugins": [], "machine": {"cpu": "", "gpu": "", "fastem": "", "torch": "", "threads": 1}}  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / "run.json").write_text(json.dumps(run))
     cases = evaluation.list_cases(protocol, data, limit)[shard[0] - 1 :: shard[1]]
@@ -447,7 +473,7 @@ def test_the_command_is_that_of_the_run(tmp_path, pictures):
     everything = "10 images (5 of faces, 5 of sharp)."
     assert command(evaluated(tmp_path / "a", pictures), pictures) == f"{typed}`: {everything}"
     limited = evaluated(tmp_path / "b", pictures, limit=2)
-    assert command(limited, pictures) == f"{typed} --limit 2`: 2 images (faces0, sharp0)."
+    assert command(limited, pictures) == f"{typed} --limit 2`: 4 images (faces0, faces2, sharp0, sharp2)."
     methods = ["fastem", "fastem, true kernel"]
     shard = evaluated(tmp_path / "c", pictures, shard=(1, 3), methods=methods)
     wanted = f'{typed} --methods "fastem,fastem, true kernel" --shard 1/3`'
@@ -456,6 +482,10 @@ def test_the_command_is_that_of_the_run(tmp_path, pictures):
     assert command(shard, pictures).startswith(f"{wanted}, {wanted.replace('1/3', '3/3')}: 10 images")
     evaluated(shard, pictures, shard=(2, 3), methods=methods)
     assert "--shard" not in command(shard, pictures)  # all of them
+    for parts in (((1, 2), (2, 4), (4, 4)), ((1, 1), (1, 2))):
+        for part in parts:
+            evaluated(folder := tmp_path / f"of{len(parts)}", pictures, shard=part, methods=methods)
+        assert "--shard" not in command(folder, pictures)
     ended = evaluated(tmp_path / "d", pictures, drop=1)
     assert command(ended, pictures) == f"{typed}`: {everything} The run is not finished, or its pictures changed since."
 

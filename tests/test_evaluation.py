@@ -38,6 +38,7 @@ from fastem.evaluation.cases import spread
 from fastem.evaluation.report import common_cases, per_image, summarise
 from fastem.evaluation.report import test_table as table_of_tests
 from fastem.evaluation.run import read_rows, row_files
+from fastem.io import FastemError
 from fastem.noise import estimate_sigma
 from fastem.synth import degrade, motion_kernel
 
@@ -236,6 +237,71 @@ def test_a_failing_method_costs_a_row_not_the_run(data, tiny, prior, tmp_path, m
     assert figures["errors"] == figures["worse"] == 8
 
 
+def test_errors_are_tried_again(fastem, tiny, data, tmp_path, monkeypatch):
+    """Until then the command goes on failing, and the rows of other methods stay."""
+    wiener, given = BASELINES["wiener"], ("--data", data, "-o", "out", "--limit", 1)
+
+    def broken(problem):
+        if problem.sigma > 0.03 and not problem.circular:
+            raise MemoryError("no room")
+        return wiener(problem)
+
+    tiny.write_text(TINY + '[methods.also]\nkind = "hyper-laplacian"\n')
+    monkeypatch.setitem(BASELINES, "wiener", broken)
+    for methods, count in (("wiener,also", 16), ("wiener", 2), ("wiener", 2)):
+        code, lines, err = fastem("evaluate", tiny, *given, "--methods", methods)
+        assert code == 1 and len(lines) == count + 1 and f"errors: 2 of {8 * len(methods.split(','))} rows ended" in err
+    assert fastem("evaluate", tiny, *given, "--methods", "also")[0] == 0
+    assert sum("error" in row for row in read_rows(row_files(tmp_path / "out"))) == 2
+    monkeypatch.setitem(BASELINES, "wiener", wiener)
+    code, lines, err = fastem("evaluate", tiny, *given, "--methods", "wiener")
+    assert code == 0 and len(lines) == 3 and "6 of 8 rows were there before" in err
+    rows = read_rows(row_files(tmp_path / "out"))
+    assert len(rows) == 16 and not any("error" in row for row in rows)
+
+
+def test_other_pictures_are_noticed(fastem, tiny, data, tmp_path):
+    given = ("-o", "out", "--methods", "wiener")
+    assert fastem("evaluate", tiny, *given, "--data", data, "--limit", 1)[0] == 0
+    for folder in ("sharp", "kernels"):
+        (tmp_path / "other" / folder).mkdir(parents=True)
+        for file in (data / folder).iterdir():
+            (tmp_path / "other" / folder / file.name).write_bytes(file.read_bytes())
+    assert fastem("evaluate", tiny, *given, "--data", tmp_path / "other", "--limit", 2)[0] == 0  # moved, not changed
+    Image.fromarray(scene(32, 9)).save(tmp_path / "other" / "sharp" / "a.png")
+    for limit in (2, 3):
+        code, out, err = fastem("evaluate", tiny, *given, "--data", tmp_path / "other", "--limit", limit)
+        assert code == 2 and not out and len(err.splitlines()) == 2
+        assert "out holds results of other pictures or kernels of the same names (a, shake_7000000)" in err
+    assert len(read_rows(row_files(tmp_path / "out"))) == 16
+
+
+def test_a_run_that_is_whole_leaves_its_files_alone(tiny, data, prior, tmp_path):
+    protocol = load_protocol(str(tiny))
+    for shard in ((1, 2), (2, 2), (1, 1)):
+        given = {"shard": shard, "limit": 1, "methods": ["wiener"], "prior": str(prior)}
+        list(Evaluation(protocol, data, tmp_path / "out", **given).run())
+    assert [file.name for file in row_files(tmp_path / "out")] == ["rows.1of2.csv", "rows.2of2.csv"]
+
+
+@pytest.mark.parametrize(
+    "file, text, message",
+    [
+        ("run.json", "{}", "out holds no evaluation (no readable run.json)"),
+        ("run.json", "[", "out holds no evaluation (no readable run.json)"),
+        ("rows.csv", "method,psnr\na,1\na,x\n", "out/rows.csv is damaged after row 1: could not convert"),
+        ("rows.csv", "method\na,1\n", "out/rows.csv is damaged after row 0: "),
+    ],
+)
+def test_damaged_folders_are_told(fastem, tiny, data, tmp_path, file, text, message):
+    given = ("evaluate", tiny, "--data", data, "-o", "out", "--limit", 1, "--methods", "wiener")
+    assert fastem(*given)[0] == 0
+    (tmp_path / "out" / file).write_text(text)
+    for arguments in (given, ("evaluate", "--report-only", "-o", "out")):
+        code, _, err = fastem(*arguments)
+        assert code == 2 and len(err.splitlines()) == 1 and message in err
+
+
 def test_a_method_may_not_be_told_the_noise(data, prior, tmp_path):
     """Others and chi^2 keep the true one."""
     case = {"source": "synthetic", "images": ["sharp"], "kernels": ["delta"], "size": 5, "sigma": [12]}
@@ -317,6 +383,20 @@ def test_a_changed_run_is_refused_in_one_line(fastem, tiny, data, prior, tmp_pat
         (TINY.replace('reference = "blind"', 'reference = "deaf"'), "the reference 'deaf' is none of its methods"),
         (TINY.replace("steps = 2 }", "strides = 2 }", 1), "method 'blind': "),
         (TINY.replace("psnr = 25.66", "psrn = 25.66"), "unknown key 'psrn'; allowed are forwards"),
+        (TINY.replace("psnr = 25.66", "psnr = 'x'"), "[paper.figures.blind]: psnr is 'x'; allowed is a number"),
+        (TINY.replace("figures.blind", "figure.blind"), "[paper]: unknown key 'figure'; allowed are figures, setup"),
+        (TINY.replace('title = "Tiny"', "title = 3"), "title is 3; allowed is text"),
+        (TINY.replace("sheets = 1", "sheets = true"), "sheets is True; allowed is a whole number"),
+        (TINY.replace("sigma = [5, 10]", "sigma = 5"), "'synthetic': sigma is 5; allowed is a list, of a number"),
+        (TINY.replace('["sharp"]', '"sharp"'), "images is 'sharp'; allowed is a list, of text"),
+        (TINY.replace("size = 5", "size = [5]"), "size is [5]; allowed is a whole number"),
+        (TINY.replace("sigma = [5, 10]", "sigma = []"), "number 1 of 'tiny' comes to nothing: no images in "),
+        (TINY.replace('"valid"', '"open"'), "unknown boundary 'open'; allowed are circular, valid"),
+        (TINY.replace("known = true", "known = 1"), "'with the kernel': known is 1; allowed is true or false"),
+        (TINY.replace("options = { steps = 2 }", "options = 'x'"), "options is 'x'; allowed is a table"),
+        ("methods = 3\n[[cases]]\nsource = 'x'", "needs one [methods.NAME] or more"),
+        (TINY.replace('kind = "wiener"', 'kind = "wiener"\noptions = { power = 2 }'),
+         "method 'wiener', options: unknown key 'power'; allowed are none"),
     ],
 )
 def test_bad_protocols(fastem, tiny, data, prior, text, message):
@@ -462,8 +542,50 @@ def test_random_objects_in_arrays_are_not_unpickled(tmp_path):
     (tmp_path / "fastdiffusionem").mkdir()
     np.savez(tmp_path / "fastdiffusionem" / "sample0.npz", sigma=np.array([{}], dtype=object))
     protocol = parse_protocol({"cases": [{"source": "fastdiffusionem"}], "methods": {"a": {"kind": "wiener"}}}, "p")
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ProtocolError, match="sample0.npz is no .npz file of the numbers H, L, kernel and sigma"):
         list_cases(protocol, tmp_path)
+
+
+def test_failures_of_files_name_them(tmp_path):
+    def listed(source, **settings):
+        table = {"cases": [{"source": source} | settings], "methods": {"a": {"kind": "wiener"}}}
+        return list_cases(parse_protocol(table, "p"), tmp_path)
+
+    for folder in ("sharp", "kernels", "lai_pairs", "gopro_pairs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "sharp" / "torn.png").write_bytes(b"no picture")
+    with pytest.raises(FastemError, match="E_UNREADABLE: .*sharp/torn.png: "):
+        listed("synthetic", images=["sharp"], size=5)[0].load()
+    Image.fromarray(scene(16, 0)).save(tmp_path / "sharp" / "torn.png")
+    with pytest.raises(ProtocolError, match="sharp/torn.png: .*33"):  # a kernel that is larger
+        listed("synthetic", images=["sharp"], size=33, boundary=["valid"])[0].load()
+    (tmp_path / "kernels" / "torn.npy").write_bytes(b"no kernel")
+    with pytest.raises(FastemError, match="kernels/torn.npy: "):
+        listed("synthetic", images=["sharp"], kernels=["kernels/"])
+    for name, size in (("a_blurred", 16), ("a_sharp", 20)):
+        Image.fromarray(scene(size, 0)).save(tmp_path / "gopro_pairs" / f"{name}.png")
+    with pytest.raises(ProtocolError, match="a_blurred.png: has 16 x 16 pixels, and a_sharp.png 20 x 20"):
+        listed("gopro_pairs")[0].load()
+    (tmp_path / "gopro_pairs" / "a_sharp.png").unlink()
+    with pytest.raises(FastemError, match="E_VANISHED: [^:]*a_sharp.png: "):
+        listed("gopro_pairs")[0].load()
+    (tmp_path / "lai_pairs" / "m_kernelX_blurred.png").touch()
+    with pytest.raises(ProtocolError, match="m_kernelX_blurred.png: the name is not SCENE_kernelNUMBER_blurred.png"):
+        listed("lai_pairs")
+
+
+def test_cases_of_one_name_are_refused(tmp_path, data):
+    entry = {"source": "synthetic", "images": ["sharp"], "size": 5}
+    table = {"cases": [entry, entry | {"crop": 16}], "methods": {"a": {"kind": "wiener"}}}
+    with pytest.raises(ProtocolError, match="2 cases of 'p' have one name, synthetic sharp a shake"):
+        list_cases(parse_protocol(table, "p"), data)
+    for folder in ("sharp", "kernels"):
+        (tmp_path / folder).mkdir()
+    np.save(tmp_path / "kernels" / "only.npy", motion_kernel(3, 1))
+    for name in ("a.png", "a.bmp"):
+        Image.fromarray(scene(32, 0)).save(tmp_path / "sharp" / name)
+    with pytest.raises(ProtocolError, match="Rename a picture"):
+        list_cases(parse_protocol(table | {"cases": [entry | {"kernels": ["kernels/"]}]}, "p"), tmp_path)
 
 
 def test_spread():
@@ -580,6 +702,30 @@ def test_plugins(fastem, tiny, data, tmp_path, monkeypatch):
     assert sets["mine:count"]["wiener"] == {"files": 8, "truths": 8}  # no kernels among them
     assert len(list((tmp_path / "out" / "kernels" / "wiener").iterdir())) == 8
     assert "error.l1" in (tmp_path / "out" / "report.md").read_text()
+    (tmp_path / "out" / "sets.json").unlink()
+    assert fastem("evaluate", "--report-only", "-o", "out", "--set-plugin", "mine:count")[0] == 0
+    assert json.loads((tmp_path / "out" / "sets.json").read_text()) == sets
+
+
+def test_sets_are_measured_whole_or_not(fastem, tiny, data, tmp_path, monkeypatch):
+    (tmp_path / "sets.py").write_text("def count(restored, truth):\n    return {}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    given = ("evaluate", tiny, "--data", data, "-o", "out", "--limit", 1, "--methods", "wiener")
+    code, out, err = fastem(*given, "--set-plugin", "sets:count")
+    assert code == 2 and not out and "--set-plugin measures every restored image; keep them with --save-images" in err
+    assert fastem(*given)[0] == 0  # with one sheet
+    code, _, err = fastem(*given, "--save-images", "--set-plugin", "sets:count")
+    assert code == 2 and "out holds pictures of 1 of 8 restorations by 'wiener'" in err
+
+
+@pytest.mark.parametrize("body, message", [("return 3", "AttributeError"), ("raise OSError('gone')", "OSError: gone")])
+def test_metrics_that_fail_are_named(fastem, tiny, data, tmp_path, monkeypatch, body, message):
+    name = f"failing_{len(body)}"
+    (tmp_path / f"{name}.py").write_text(f"def f(*images):\n    {body}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    given = ("evaluate", tiny, "--data", data, "-o", "out", "--limit", 1, "--methods", "wiener")
+    code, _, err = fastem(*given, "--metric-plugin", f"{name}:f")
+    assert code == 2 and err.count("\n") == 1 and "E_OPTION: the metric 'f' fails: " in err and message in err
 
 
 # -------------------------------------------------------------------------------------------------------- baselines

@@ -58,7 +58,11 @@ def evaluate(
         for name in evaluation.names():
             print(f"{name:10} {evaluation.load_protocol(name).title}")
         return
+    if set_plugin and not save_images and not report_only:
+        raise typer.BadParameter("--set-plugin measures every restored image; keep them with --save-images")
     if report_only:
+        if set_plugin:
+            evaluation.measure_sets(out, tuple(set_plugin))
         print(evaluation.write_report(out))
         return
     if not protocol:
@@ -69,19 +73,19 @@ def evaluate(
         prior=None if prior is None else str(prior), device=device, plugins=tuple(metric_plugin),
         save_images=save_images,
     )  # fmt: skip
-    total, done, failed = run.total, run.total - run.left, 0
+    total, done = run.total, run.total - run.left
     if done:
         console.tell("resumed", f"{done} of {total} rows were there before")
     with console.Progress(progress) as bar:
         for row in run.run():
             done += 1
-            failed += "error" in row
             bar(row["method"], done, total)
             print(json.dumps({"event": "row"} | row) if progress == "json" else _line(row), flush=True)
     if set_plugin:
         evaluation.measure_sets(out, tuple(set_plugin))
     print(evaluation.write_report(out))
-    if failed:
+    if run.errors:
+        console.tell("errors", f"{run.errors} of {total} rows ended with an error", "The same command tries them again")
         raise typer.Exit(console.ExitCode.SOME_FAILED)
 
 

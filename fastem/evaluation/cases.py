@@ -7,17 +7,21 @@ Files are found below the folder given with --data, in sorted order. Nothing is 
 from __future__ import annotations
 
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
 
 from fastem import io, synth
 from fastem.baselines import Problem
-from fastem.evaluation.protocol import Protocol, ProtocolError
+from fastem.evaluation.protocol import Protocol, ProtocolError, check_types, settings_of
+from fastem.io import FastemError, InputError
 
+BOUNDARIES = ("circular", "valid")
 JPEG_BLOCK = 8  # pixels
 DRAWN = 7_000_000  # seeds of the random kernels of evaluations start here, far from those of training and tests
 
@@ -51,25 +55,33 @@ def list_cases(protocol: Protocol, data: Path, limit: int | None = None) -> list
     """All cases of a protocol, images outermost; with `limit` those of so many images per source, evenly spread.
 
     Raises:
-        ProtocolError: if a setting is unknown or no image is found.
+        ProtocolError: if a setting is unknown, no image is found, or two cases cannot be told apart.
     """
-    cases = []
+    cases: list[Case] = []
     for number, entry in enumerate(protocol.cases):
         settings = {key: value for key, value in entry.items() if key != "source"}
         if entry["source"] not in SOURCES:
             raise ProtocolError(f"unknown source {entry['source']!r}; allowed are {', '.join(SOURCES)}")
         list_source = SOURCES[entry["source"]]
-        allowed = list_source.__code__.co_varnames[1 : list_source.__code__.co_argcount]
+        allowed = settings_of(list_source)
         if unknown := sorted(set(settings) - set(allowed)):
             raise ProtocolError(
                 f"source {entry['source']!r}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}"
             )
+        check_types(settings, allowed, f"source {entry['source']!r}")
         found = list(list_source(data, **settings))
         if not found:
-            raise ProtocolError(f"[[cases]] number {number + 1} of {protocol.name!r} finds no images in {data}")
+            where = f"[[cases]] number {number + 1} of {protocol.name!r}"
+            raise ProtocolError(f"{where} comes to nothing: no images in {data}, or an empty list")
         images = sorted({case.number for case in found})
         kept = set(spread(images, limit or len(images)))
         cases += [case for case in found if case.number in kept]
+    key, count = Counter(case.key for case in cases).most_common(1)[0]
+    if count > 1:
+        raise ProtocolError(
+            f"{count} cases of {protocol.name!r} have one name, {' '.join(part for part in key if part)}",
+            "Rename a picture or its folder, or make two protocols",
+        )
     return cases
 
 
@@ -83,6 +95,21 @@ def spread(items: list, count: int) -> list:
 # ----------------------------------------------------------------------------------------------------------- sources
 
 
+def named(read: Callable) -> Callable:
+    """A function of a file, its first argument, whose failures name the file."""
+
+    @wraps(read)
+    def naming(file: Path, *rest):
+        try:
+            return read(file, *rest)
+        except InputError as error:
+            raise FastemError(error.code, f"{io.shown(file)}: {error.args[0]}", error.hint) from None
+        except (ValueError, OSError) as error:
+            raise ProtocolError(f"{io.shown(file)}: {error}") from None
+
+    return naming
+
+
 def synthetic(
     data: Path, images: list[str] = ("sharp", "faces"), kernels: list[str] = ("shake",), size: int = 33,
     sigma: list[float] = (5,), boundary: list[str] = ("circular",), seeds: list[int] = (0,), crop: int = 0,
@@ -92,6 +119,9 @@ def synthetic(
     Image i gets kernel i of a family, or file i modulo their number of those that fit; noise and kernel depend on the
     image's number and the seed alone, so that they are the same at each sigma.
     """
+    for edge in boundary:
+        if edge not in BOUNDARIES:
+            raise ProtocolError(f"unknown boundary {edge!r}; allowed are {', '.join(BOUNDARIES)}")
     files = [file for folder in images for file in picture_files(data / folder)]
     for number, file in enumerate(files):
         for seed in seeds:
@@ -113,7 +143,7 @@ def _kernel(data: Path, family: str, size: int, number: int, seed: int) -> tuple
             return f"{family}_{drawn}", synth.motion_kernel(size, drawn, family)
         except ValueError as error:
             raise ProtocolError(f"{error}; or a folder of .npy files, with a / at its end") from None
-    given = [(f.stem, io.load_kernel(f)[0]) for f in sorted((data / family).glob("*.npy"))]
+    given = [(f.stem, _read_kernel(f)) for f in sorted((data / family).glob("*.npy"))]
     given = [(name, k) for name, k in given if max(k.shape) <= size]
     if not given:
         raise ProtocolError(f"no kernel of up to {size} pixels in {data / family}")
@@ -121,6 +151,12 @@ def _kernel(data: Path, family: str, size: int, number: int, seed: int) -> tuple
     return name, synth.pad_kernel(k, size)
 
 
+@named
+def _read_kernel(file: Path) -> np.ndarray:
+    return io.load_kernel(file)[0]
+
+
+@named
 def _blurred(file: Path, kernel: np.ndarray, sigma: float, boundary: str, seed: int, crop: int) -> Problem:
     x = _centre(_pixels(file), crop)
     y = synth.degrade(x, kernel, sigma, seed, boundary=boundary)
@@ -133,7 +169,10 @@ def _blurred(file: Path, kernel: np.ndarray, sigma: float, boundary: str, seed: 
 def lai_pairs(data: Path, folder: str = "lai_pairs", kernels: str = "kernels", crop: int = 0) -> Iterator[Case]:
     """Sharp and blurred pairs of Lai et al. 2016 with their kernels; noise not known; the interior is scored."""
     for number, file in enumerate(sorted((data / folder).glob("*_kernel*_blurred.png"))):
-        scene, index = re.fullmatch(r"(.*)_kernel(\d+)_blurred", file.stem).groups()
+        match = re.fullmatch(r"(.*)_kernel(\d+)_blurred", file.stem)
+        if not match:
+            raise ProtocolError(f"{io.shown(file)}: the name is not SCENE_kernelNUMBER_blurred.png")
+        scene, index = match.groups()
         kernel, sharp = data / kernels / f"lai_{index}.npy", file.with_name(f"{scene}_sharp.png")
         load = partial(_load_pair, file, sharp, kernel, None, number, crop)
         yield Case("lai_pairs", folder, scene, "lai", kernel.stem, None, "valid", 0, number, load)
@@ -148,11 +187,14 @@ def gopro_pairs(data: Path, folder: str = "gopro_pairs", size: int = 33, crop: i
         yield Case("gopro_pairs", folder, name, "real", "unknown", None, "valid", 0, number, load)
 
 
+@named
 def _load_pair(file: Path, sharp: Path, kernel: Path | None, size: int | None, number: int, crop: int) -> Problem:
-    x, y = _centre(_pixels(sharp), crop), _centre(_pixels(file), crop)
+    x, y = _centre(named(_pixels)(sharp), crop), _centre(_pixels(file), crop)
+    if x.shape != y.shape:
+        raise ValueError(f"has {y.shape[1]} x {y.shape[0]} pixels, and {sharp.name} {x.shape[1]} x {x.shape[0]}")
     if kernel is None:
         return Problem(y, (size, size), x=x, seed=number, lossy=False)
-    k = io.load_kernel(kernel)[0]
+    k = _read_kernel(kernel)
     return Problem(y, k.shape, kernel=k, x=x, seed=number, lossy=False, border=max(k.shape) // 2)
 
 
@@ -160,17 +202,26 @@ def fastdiffusionem(data: Path, folder: str = "fastdiffusionem", normalise: bool
     """The published samples as `.npz` with H, L, kernel and sigma. Their kernels do not sum to 1: with `normalise`, L
     and sigma are divided by the sum too, which is the same problem with a kernel that does."""
     for number, file in enumerate(sorted((data / folder).glob("sample*.npz"))):
-        with np.load(file, allow_pickle=False) as arrays:
-            level = float(arrays["sigma"]) / (float(arrays["kernel"].sum()) if normalise else 1.0)
+        *_, k, sigma = _arrays(file)
+        level = sigma / (float(k.sum()) if normalise else 1.0)
         load = partial(_load_published, file, normalise, number)
         name = file.stem
         yield Case("fastdiffusionem", folder, name, "fdem", name, round(255 * level, 2), "circular", 0, number, load)
 
 
+def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """H, L `(3, H, W)`, kernel and sigma; nothing is unpickled."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            x, y, k = (arrays[name].astype(np.float32) for name in ("H", "L", "kernel"))
+            return x, y, k, float(arrays["sigma"])
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+        raise ProtocolError(f"{io.shown(file)} is no .npz file of the numbers H, L, kernel and sigma") from None
+
+
+@named
 def _load_published(file: Path, normalise: bool, number: int) -> Problem:
-    with np.load(file, allow_pickle=False) as arrays:
-        x, y, k = (arrays[name].astype(np.float32) for name in ("H", "L", "kernel"))
-        sigma = float(arrays["sigma"])
+    x, y, k, sigma = _arrays(file)
     k = k.clip(min=0)
     gain = float(k.sum()) if normalise else 1.0
     x, y = (np.ascontiguousarray(a.transpose(1, 2, 0)) for a in (x, y / gain))
@@ -187,6 +238,7 @@ def photos(
         yield Case("photos", folder, file.stem, "real", "unknown", None, "valid", 0, number, load)
 
 
+@named
 def _load_photo(file: Path, size: int, number: int, crop: int) -> Problem:
     picture = io.read_image(file)
     y = _centre(_unit(picture), crop, JPEG_BLOCK if picture.lossy else 1)

@@ -26,8 +26,10 @@ psnr = 25.66
 
 from __future__ import annotations
 
+import inspect
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -38,6 +40,10 @@ from fastem.io import FastemError
 
 KINDS = ("engine", "denoise", *BASELINES)
 PLOTS = ("sigma", "time", "kernel")
+PLAIN = {  # what a value in a protocol may be, by the annotation of where it goes
+    "str": (str, "text"), "bool": (bool, "true or false"), "int": (int, "a whole number"),
+    "float": (int | float, "a number"), "dict[str, Any]": (Mapping, "a table"),
+}  # fmt: skip
 PAPER_FIGURES = ("psnr", "ssim", "psnr_sa", "kernel_mse", "seconds", "forwards")
 
 
@@ -128,30 +134,62 @@ def parse_protocol(table: Mapping[str, Any], name: str) -> Protocol:
     where = f"protocol {name!r}"
     fields = set(Protocol.__dataclass_fields__) - {"name"}
     _known_keys(table, fields, where)
+    rest = {key: value for key, value in table.items() if key not in ("cases", "methods")}
+    check_types(rest, Protocol.__annotations__, where)
     cases, methods = table.get("cases", []), table.get("methods", {})
     if not cases or not isinstance(cases, list) or not all(isinstance(c, dict) and "source" in c for c in cases):
         raise ProtocolError(f"{where} needs one [[cases]] or more, each with a source")
-    if not methods or not all(isinstance(m, dict) for m in methods.values()):
+    if not methods or not isinstance(methods, dict) or not all(isinstance(m, dict) for m in methods.values()):
         raise ProtocolError(f"{where} needs one [methods.NAME] or more")
     parsed = {}
     for key, entry in methods.items():
-        _known_keys(entry, set(Method.__dataclass_fields__), f"{where}, method {key!r}")
-        parsed[key] = Method(**entry)
-        if parsed[key].kind not in KINDS:
-            raise ProtocolError(
-                f"{where}, method {key!r}: unknown kind {parsed[key].kind!r}; allowed are {', '.join(KINDS)}"
-            )
+        about = f"{where}, method {key!r}"
+        _known_keys(entry, set(Method.__dataclass_fields__), about)
+        check_types(entry, Method.__annotations__, about)
+        parsed[key] = method = Method(**entry)
+        if method.kind not in KINDS:
+            raise ProtocolError(f"{about}: unknown kind {method.kind!r}; allowed are {', '.join(KINDS)}")
+        if not method.has_engine and method.kind != "l0-map":  # that passes them on
+            _known_keys(method.options, set(settings_of(BASELINES[method.kind])), f"{about}, options")
     reference = table.get("reference", next(iter(parsed)))
     if reference not in parsed:
         raise ProtocolError(f"{where}: the reference {reference!r} is none of its methods {', '.join(parsed)}")
     for plot in table.get("plots", []):
         if plot not in PLOTS:
             raise ProtocolError(f"{where}: unknown plot {plot!r}; allowed are {', '.join(PLOTS)}")
-    for key, figures in table.get("paper", {}).get("figures", {}).items():
+    paper = table.get("paper", {})
+    _known_keys(paper, {"setup", "figures"}, f"{where}, [paper]")
+    check_types(paper, {"setup": "str", "figures": "dict[str, Any]"}, f"{where}, [paper]")
+    quoted = paper.get("figures", {})
+    check_types(quoted, dict.fromkeys(quoted, "dict[str, Any]"), f"{where}, [paper.figures]")
+    for key, figures in quoted.items():
         _known_keys(figures, set(PAPER_FIGURES), f"{where}, [paper.figures.{key}]")
+        check_types(figures, dict.fromkeys(PAPER_FIGURES, "float"), f"{where}, [paper.figures.{key}]")
     return Protocol(name=name, **{"title": name} | dict(table) | {"methods": parsed, "reference": reference})
 
 
 def _known_keys(table: Mapping[str, Any], allowed: set[str], where: str) -> None:
     if unknown := sorted(set(table) - allowed):
-        raise ProtocolError(f"{where}: unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
+        names = ", ".join(sorted(allowed)) or "none"
+        raise ProtocolError(f"{where}: unknown key {unknown[0]!r}; allowed are {names}")
+
+
+def settings_of(function: Callable) -> dict[str, str]:
+    """What a source or a baseline can be told, with annotations: its parameters after the first (the data)."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return {p.name: p.annotation for p in parameters}
+
+
+def check_types(table: Mapping[str, Any], annotations: Mapping[str, str], where: str) -> None:
+    """Refuses values that are not what their annotation says.
+
+    Raises:
+        ProtocolError: naming the key, the value and what is allowed.
+    """
+    for key, value in table.items():
+        of = re.fullmatch(r"list\[(\w+)\]", annotations[key])
+        kind, what = PLAIN[of[1] if of else annotations[key]]
+        values = value if of and isinstance(value, list) else [value]
+        fits = all(isinstance(v, kind) and (kind is bool or not isinstance(v, bool)) for v in values)
+        if not fits or bool(of) != isinstance(value, list):
+            raise ProtocolError(f"{where}: {key} is {value!r}; allowed is {'a list, of ' * bool(of)}{what}")

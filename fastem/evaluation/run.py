@@ -158,9 +158,20 @@ def score(problem: Problem, estimate: Estimate, sigma: float, plugins: Mapping[s
         if min(y.shape[:2]) > 2 * edge:
             row["chi2"] = metrics.chi2(y, image, kernel, sigma, border=edge)
     for name, plugin in plugins.items():
-        for key, value in plugin(image, x, y).items():
-            row[f"{name}.{key}"] = float(value)
+        row |= {f"{name}.{key}": value for key, value in _figures_of(name, plugin, image, x, y).items()}
     return row
+
+
+def _figures_of(name: str, plugin: Callable[..., Mapping[str, float]], *given: Any) -> dict[str, float]:
+    """What a metric of the user's says.
+
+    Raises:
+        ProtocolError: if it fails, or returns no named numbers.
+    """
+    try:
+        return {str(key): float(value) for key, value in plugin(*given).items()}
+    except Exception as error:  # it may raise anything
+        raise ProtocolError(f"the metric {name!r} fails: {type(error).__name__}: {error}") from error
 
 
 def _ssim(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -324,8 +335,10 @@ class Evaluation:
         self._few = {n: _first_images(everything, m.limit) for n, m in protocol.methods.items() if m.limit}
         self._file = self.out / ("rows.csv" if shard == (1, 1) else f"rows.{shard[0]}of{shard[1]}.csv")
         self._check_folder(plugins)
-        self._mine = read_rows([self._file])
+        self._mine = {row_key(row): row for row in read_rows([self._file])}
         self._done = {row_key(row): row for row in read_rows(row_files(self.out))}
+        for key in [key for key, row in self._mine.items() if "error" in row]:
+            del self._done[key]  # tried again; until then its row stays
         self._written = time.monotonic()
 
     @property
@@ -336,22 +349,36 @@ class Evaluation:
     def left(self) -> int:
         return sum((name, *case.key) not in self._done for case, name in self._tasks())
 
+    @property
+    def errors(self) -> int:
+        """Rows that ended with an error and were not run again since, of this run or of one before."""
+        rows = self._done | self._mine
+        return sum("error" in rows.get((name, *case.key), {}) for case, name in self._tasks())
+
     def run(self) -> Iterator[Row]:
-        """Runs what is missing and yields its rows; what was done before is not run again."""
-        problem, at = None, None
+        """Runs what is missing or ended with an error, and yields its rows; what was done before is not run again.
+
+        Raises:
+            ProtocolError: if the pictures are not those of the rows that are there.
+        """
+        problem, at, found = None, None, False
         try:
             for case, name in self._tasks():
-                if (name, *case.key) in self._done:
+                key = (name, *case.key)
+                if key in self._done and at is not None:
                     continue
                 if at is not case:
                     problem, at = case.load(), case
+                    self._check_observation(case, problem)
+                if key in self._done:
+                    continue  # the first case was loaded to see whether its pictures are the same
                 row = self._one(case, name, problem)
-                self._mine.append(row)
+                self._mine[key], found = row, True
                 if time.monotonic() - self._written > FLUSH_SECONDS:
                     self._flush()
                 yield row
         finally:
-            if at is not None:
+            if found:
                 self._flush()
 
     def _tasks(self) -> list[tuple[Case, str]]:
@@ -362,9 +389,19 @@ class Evaluation:
             if name not in self._few or (case.source, case.number) in self._few[name]
         ]
 
+    def _check_observation(self, case: Case, problem: Problem) -> None:
+        for name in self.protocol.methods:
+            row = self._done.get((name, *case.key), {})
+            if row.get("observation", now := checksum(problem.y)) != now:
+                raise ProtocolError(
+                    f"{io.shown(self.out)} holds results of other pictures or kernels of the same names "
+                    f"({case.image}, {case.kernel})",
+                    "Choose another folder with -o",
+                )
+
     def _one(self, case: Case, name: str, problem: Problem) -> Row:
         row: Row = dict(zip(ROW_KEY, (name, *case.key), strict=True))
-        row["observation"] = hashlib.sha256(np.ascontiguousarray(problem.y).tobytes()).hexdigest()[:16]
+        row["observation"] = checksum(problem.y)
         try:
             estimate, used, costs = self._contestants.run(name, problem)
             found = score(problem, estimate, assumed_sigma(problem), self._plugins) | costs | {"sigma_used": 255 * used}
@@ -399,7 +436,7 @@ class Evaluation:
                 io.save_kernel_png(kernels / f"{stem}.png", kernel)
 
     def _flush(self) -> None:
-        write_rows(self._file, self._mine)
+        write_rows(self._file, list(self._mine.values()))
         self._written = time.monotonic()
 
     def _check_folder(self, plugins: tuple[str, ...]) -> None:
@@ -441,6 +478,11 @@ class Evaluation:
             file.write(json.dumps(now, indent=1).encode())
 
 
+def checksum(y: np.ndarray) -> str:
+    """Of an observation, as it stands in its rows."""
+    return hashlib.sha256(np.ascontiguousarray(y).tobytes()).hexdigest()[:16]
+
+
 def _first_images(cases: list[Case], count: int) -> set[tuple[str, int]]:
     sources = {case.source for case in cases}
     return {
@@ -457,9 +499,12 @@ def read_run(out: Path) -> dict:
         ProtocolError: if there is none.
     """
     try:
-        return json.loads((out / "run.json").read_text(encoding="utf-8"))
+        run = json.loads((out / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ProtocolError(f"{io.shown(out)} holds no evaluation (no readable run.json)") from None
+        run = None
+    if not isinstance(run, dict) or not {"protocol", "plugins", "program", "configs", "machine"} <= run.keys():
+        raise ProtocolError(f"{io.shown(out)} holds no evaluation (no readable run.json)")
+    return run
 
 
 def row_files(out: Path) -> list[Path]:
@@ -471,16 +516,23 @@ def row_key(row: Row) -> tuple[str, ...]:
 
 
 def read_rows(files: list[Path]) -> list[Row]:
-    """Rows of CSV files: numbers as floats, what was empty absent."""
-    rows = []
+    """Rows of CSV files: numbers as floats, what was empty absent.
+
+    Raises:
+        ProtocolError: for a file that `write_rows` did not write.
+    """
+    rows, texts = [], {*ROW_KEY, *TEXTS}
     for file in files:
-        if file.exists():
+        if not file.exists():
+            continue
+        try:
             for raw in csv.DictReader(text_io.StringIO(file.read_text(encoding="utf-8"))):
-                row: Row = {k: v for k, v in raw.items() if v != ""}
-                for name in ROW_KEY:
-                    row.setdefault(name, "")
-                texts = {*ROW_KEY, *TEXTS}
-                rows.append({k: v if k in texts else float(v) for k, v in row.items()})
+                given = dict.fromkeys(ROW_KEY, "") | {k: v for k, v in raw.items() if v != ""}
+                rows.append({k: v if k in texts else float(v) for k, v in given.items()})
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ProtocolError(
+                f"{io.shown(file)} is damaged after row {len(rows)}: {error}", "Delete it, or choose another folder"
+            ) from None
     return rows
 
 
@@ -537,18 +589,23 @@ def measure_sets(out: Path, plugins: tuple[str, ...]) -> None:
     and returns named figures. They go to `sets.json`. The pictures are those kept by `save_images`.
 
     Raises:
-        ProtocolError: if a plugin cannot be loaded, or no pictures were kept.
+        ProtocolError: if a plugin cannot be loaded or fails, or pictures were not kept.
     """
     folder = out / "pictures"
     known = [name for name in read_run(out)["protocol"]["methods"] if (folder / slug(name)).is_dir()]
     if not known:
         raise ProtocolError(f"{io.shown(out)} holds no pictures to measure", "Run with --save-images")
+    restored = Counter(row["method"] for row in read_rows(row_files(out)) if "error" not in row)
+    for name in known:
+        if (kept := len(list((folder / slug(name)).iterdir()))) < restored[name]:
+            raise ProtocolError(
+                f"{io.shown(out)} holds pictures of {kept} of {restored[name]} restorations by {name!r}",
+                "Run with --save-images from the start, in a new folder",
+            )
+    functions = {plugin: load_plugin(plugin) for plugin in plugins}
     found = {
-        plugin: {
-            name: {key: float(v) for key, v in load_plugin(plugin)(folder / slug(name), folder / "truth").items()}
-            for name in known
-        }
-        for plugin in plugins
+        plugin: {name: _figures_of(plugin, of, folder / slug(name), folder / "truth") for name in known}
+        for plugin, of in functions.items()
     }
     with io.atomic_write(out / "sets.json") as file:
         file.write(json.dumps(found, indent=1).encode())
