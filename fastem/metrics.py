@@ -54,20 +54,20 @@ def ms_ssim(a: Array, b: Array, data_range: float = 1.0) -> float:
 
     Raises:
         ImportError: without torchmetrics (`pip install fastem[eval]`).
-        ValueError: if a side has 160 pixels or fewer: the coarsest window would not fit.
+        ValueError: if a side has fewer than 176 pixels: the coarsest window would not fit.
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     a, b = _image_pair(a, b)
     if not ms_ssim_fits(a.shape[-2:]):
-        raise ValueError(f"MS-SSIM needs more than 160 pixels on each side, got {tuple(a.shape[-2:])}")
+        raise ValueError(f"MS-SSIM needs 176 pixels or more on each side, got {tuple(a.shape[-2:])}")
     a, b = (x.reshape(-1, 1, *x.shape[-2:]) for x in (a, b))
     return multiscale_structural_similarity_index_measure(a, b, data_range=data_range).item()
 
 
 def ms_ssim_fits(size: tuple[int, int]) -> bool:
     """Whether images of this size have the five scales of MS-SSIM."""
-    return min(size) > 10 * 2**4
+    return min(size) // 2**4 > 10
 
 
 class Alignment(NamedTuple):

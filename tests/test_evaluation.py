@@ -224,14 +224,16 @@ def _scores(rows, names) -> dict:
 
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError, torch.OutOfMemoryError])
-def test_a_failing_method_costs_a_row_not_the_run(data, tiny, prior, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("text", ["no such\nluck", ""])
+def test_a_failing_method_costs_a_row_not_the_run(data, tiny, prior, tmp_path, monkeypatch, error, text):
     def broken(problem):
-        raise error("no such\nluck")
+        raise error(text)
 
     monkeypatch.setitem(BASELINES, "wiener", broken)
     run = Evaluation(load_protocol(str(tiny)), data, tmp_path / "out", limit=1, methods=["wiener"], prior=str(prior))
     rows = list(run.run())
-    assert len(rows) == 8 and all(row["error"] == "no such luck" and "psnr" not in row for row in rows)
+    said = "no such luck" if text else error.__name__
+    assert len(rows) == 8 and all(row["error"] == said and "psnr" not in row for row in rows)
     assert command(["evaluate", "--report-only", "-o", str(tmp_path / "out")]) == 0
     figures = json.loads((tmp_path / "out" / "summary.json").read_text())["groups"]["all cases"]["wiener"]
     assert figures["errors"] == figures["worse"] == 8
@@ -647,7 +649,11 @@ def test_ssim_and_ms_ssim_agree_with_torchmetrics():
     inside = theirs[..., 5:-5, 5:-5].mean().item()  # they count mirrored borders too
     assert metrics.ssim(y, x) == pytest.approx(inside, abs=1e-9)
     assert metrics.ms_ssim(x, x) == pytest.approx(1) and 0.5 < metrics.ms_ssim(y, x) < 0.999
-    assert not metrics.ms_ssim_fits((160, 500)) and metrics.ms_ssim_fits((161, 161))
+    assert not metrics.ms_ssim_fits((175, 500)) and metrics.ms_ssim_fits((176, 176))
+    with pytest.raises(ValueError, match="176 pixels or more"):
+        metrics.ms_ssim(x[..., :175], x[..., :175])
+    small = x[..., :176, :176]
+    assert metrics.ms_ssim(small, small) == pytest.approx(1)
 
 
 def test_aligned_takes_out_what_align_found():

@@ -10,8 +10,9 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -54,23 +55,30 @@ Block = Heading | Table | Picture | str
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
-    """Figures of one method over its cases; a figure that no row has is absent.
-
-    `worse` counts the cases with less aligned PSNR than the input, and those that ended with an error.
-    """
-    found: dict[str, Any] = {"cases": len(rows), "errors": sum("error" in row for row in rows)}
+    """Figures of one method over so many cases; a figure that no row has is absent."""
+    found: dict[str, Any] = {"scored": len(rows)}
     names = [n for n in COLUMNS if n not in {*KEY, "method", *TEXTS}]
     names += sorted({n for row in rows for n in row} - set(COLUMNS))
     for name in names:
-        values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
+        values = [row[name] for row in rows if has(row, name)]
         if values:
             interval = bootstrap_mean(per_image(rows, name))
             found[name] = interval._asdict() | {"median": statistics.median(values), "count": len(values)}
     found["varying"] = sum("W_VARYING" in row.get("warnings", "") for row in rows)
-    gains = [row["gain"] for row in rows if "gain" in row]
-    if gains or found["errors"]:
-        found["worse"] = sum(g < 0 for g in gains) + found["errors"]
     return found
+
+
+def failures(rows: list[Row]) -> dict[str, int]:
+    """What one method could not do, of all cases. `worse` counts those with less aligned PSNR than the input, and
+    errors; it is absent where no image was compared with a truth."""
+    found = {"cases": len(rows), "errors": sum("error" in row for row in rows)}
+    if any("gain" in row for row in rows) or found["errors"] == len(rows):
+        found["worse"] = sum(row.get("gain", 0) < 0 for row in rows) + found["errors"]
+    return found
+
+
+def has(row: Row, name: str) -> bool:
+    return math.isfinite(row.get(name, math.nan))
 
 
 def per_image(rows: list[Row], name: str) -> list[float]:
@@ -78,7 +86,7 @@ def per_image(rows: list[Row], name: str) -> list[float]:
     tests count images."""
     values: dict[tuple, list[float]] = {}
     for row in rows:
-        if name in row and math.isfinite(row[name]):
+        if has(row, name):
             values.setdefault((row["source"], row["set"], row["image"]), []).append(row[name])
     return [statistics.mean(of) for of in values.values()]
 
@@ -97,6 +105,16 @@ def common_cases(rows: list[Row], methods: list[str]) -> dict[str, list[Row]]:
         if len({by[name]["observation"] for name in methods}) > 1:
             raise ValueError(f"the methods were given different observations of {' '.join(key)}; start a new folder")
     return {name: [by[name] for by in shared.values()] for name in methods}
+
+
+def without_errors(shared: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The common cases at which no method has an error: a mean must not gain by an error at a hard case.
+
+    A method that has nothing but errors has no mean either. It is left out, and takes no case from the others.
+    """
+    able = {name: rows for name, rows in shared.items() if not all("error" in row for row in rows)}
+    kept = [not any("error" in row for row in of) for of in zip(*able.values(), strict=True)]
+    return {name: list(compress(rows, kept)) for name, rows in able.items()}
 
 
 GROUPINGS: list[tuple[tuple[str, ...], Callable[[tuple[str, ...]], str]]] = [
@@ -146,13 +164,18 @@ def _small(entry: dict | None) -> str:
     return "" if entry is None else f"{entry['mean']:.2g}"
 
 
+def _of(some: int, all_: int) -> str:
+    return f"{some} of {all_}"
+
+
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 FIGURES: list[Column] = [
-    ("cases", lambda s: str(s["cases"])),
+    ("cases", lambda s: _of(s["scored"], s["cases"]) if s["scored"] < s["cases"] else str(s["cases"])),
+    ("errors", lambda s: str(s["errors"] or "")),
     ("PSNR aligned, dB [95 %]", lambda s: _interval(s.get("psnr_aligned"))),
     ("gain, dB [95 %]", lambda s: _interval(s.get("gain"), sign="+")),
     ("median gain", lambda s: "" if "gain" not in s else f"{s['gain']['median']:+.2f}"),
-    ("worse", lambda s: f"{s['worse']} of {s['cases']}" if "worse" in s and "psnr" in s else ""),
+    ("worse", lambda s: _of(s["worse"], s["cases"]) if "worse" in s else ""),
     ("PSNR raw", lambda s: _number(s.get("psnr"))),
     ("PSNR-SA", lambda s: _number(s.get("psnr_sa"))),
     ("SSIM raw", lambda s: _number(s.get("ssim"), 3)),
@@ -163,7 +186,7 @@ FIGURES: list[Column] = [
     ("median rel. error", lambda s: _number(s.get("kernel_error"), 3, "median")),
     ("kernel corr. (median)", lambda s: _number(s.get("kernel_correlation"), 3, "median")),
     ("chi² (median)", lambda s: _number(s.get("chi2"), 2, "median")),
-    ("blur varies", lambda s: f"{s['varying']} of {s['cases']}" if s["varying"] else ""),
+    ("blur varies", lambda s: _of(s["varying"], s["scored"]) if s["varying"] else ""),
 ]
 COST_FIGURES: list[Column] = [
     ("seconds (median)", lambda s: "" if "seconds" not in s else f"{s['seconds']['median']:.3g}"),
@@ -199,8 +222,7 @@ def test_table(rows: dict[str, list[Row]], reference: str, name: str, label: str
     """Paired differences of a figure: each method minus the reference."""
     lines = []
     for method, of in rows.items():
-        both = [(a, b) for a, b in zip(of, rows[reference], strict=True) if name in a and name in b]
-        both = [(a, b) for a, b in both if math.isfinite(a[name]) and math.isfinite(b[name])]
+        both = [(a, b) for a, b in zip(of, rows[reference], strict=True) if has(a, name) and has(b, name)]
         pairs = list(zip(*(per_image([pair[i] for pair in both], name) for i in (0, 1)), strict=True))
         if method == reference or len(pairs) < 2:
             continue
@@ -243,7 +265,7 @@ def build_report(out: Path) -> tuple[list[Block], dict[str, Any]]:
         if slow := [m for m in methods if m not in fast]:
             prefix = f"with the slow methods ({'; '.join(slow)}): "
             blocks += _sections(rows, methods, protocol, summary, prefix, brief=True)
-        blocks += _plots(out, rows, methods, protocol)
+        blocks += _plots(out, rows, methods, fast, run)
         blocks += _sheets(out, rows, methods)
     if (out / "sets.json").exists():
         blocks += [Heading("Metrics of whole sets"), *_set_tables(json.loads((out / "sets.json").read_text()))]
@@ -267,14 +289,14 @@ def write_report(out: Path) -> Path:
 HOW_TO_READ = (
     "All methods see the same observations. Aligned: after the best shift and gain, which blind deconvolution cannot "
     "know, and without a border. Gain: aligned PSNR over that of the input, aligned too. Worse: cases with less than "
-    "the input, and errors. Intervals: bootstrap over the images. PSNR-SA: of the mean of the "
-    "particles. Relative kernel error: squared distance over squared norm, after the best shift (1 is no kernel at "
-    "all); correlation: greatest normalised cross-correlation. chi²: mean squared residual of image and kernel over "
-    "the variance of the noise, for all methods of a case the true one, or one estimate where it is not known. Blur "
-    "varies: images that no single blur explains (`W_VARYING`). SSIM: 11 x 11 Gaussian window of std 1.5, mean over "
-    "pixels and channels. Network evaluations and gradients were counted on the network while it ran; FLOPs count "
-    "multiplications and additions apart. Columns `paper` quote published figures from other images and weights: they "
-    "are no comparison."
+    "the input, and errors. Other figures leave out the cases at which a method compared has an error, unless it has "
+    "nothing else. Intervals: bootstrap over the images. PSNR-SA: of the mean of the particles. Relative kernel error: "
+    "squared distance over squared norm, after the best shift (1 is no kernel at all); correlation: greatest "
+    "normalised cross-correlation. chi²: mean squared residual of image and kernel over the variance of the noise, for "
+    "all methods of a case the true one, or one estimate where it is not known. Blur varies: images that no single "
+    "blur explains (`W_VARYING`). SSIM: 11 x 11 Gaussian window of std 1.5, mean over pixels and channels. Network "
+    "evaluations and gradients were counted on the network while it ran; FLOPs count multiplications and additions "
+    "apart. Columns `paper` quote published figures from other images and weights: they are no comparison."
 )
 
 
@@ -286,7 +308,8 @@ def _sections(
         shared = common_cases(part, methods)
         if not shared[methods[0]]:
             continue
-        figures = {name: summarise(of) for name, of in shared.items()}
+        scored = without_errors(shared)
+        figures = {name: summarise(scored.get(name, [])) | failures(of) for name, of in shared.items()}
         heading = prefix + label
         summary["groups"][heading] = figures
         everything = label == "all cases"
@@ -296,17 +319,17 @@ def _sections(
             if protocol["paper"].get("setup") and protocol["paper"].get("figures"):
                 blocks.append(f"Columns `paper`: {protocol['paper']['setup']}")
             blocks.append(figure_table(figures, COST_FIGURES))
-            blocks += _tests(shared, protocol["reference"])
+            blocks += _tests(scored, protocol["reference"])
     return blocks
 
 
-def _tests(shared: dict[str, list[Row]], reference: str) -> list[Block]:
-    if reference not in shared or len(shared) < 2:
+def _tests(scored: dict[str, list[Row]], reference: str) -> list[Block]:
+    if reference not in scored or len(scored) < 2:
         return []
     if importlib.util.find_spec("scipy") is None:
         return [f"Tests of paired differences need scipy: {NEEDS_EXTRA}"]
     named = [("psnr_aligned", "PSNR aligned"), ("kernel_error", "kernel rel. error")]
-    return [t for n, label in named if (t := test_table(shared, reference, n, label))]
+    return [t for n, label in named if (t := test_table(scored, reference, n, label))]
 
 
 def _set_tables(sets: dict[str, dict[str, dict[str, float]]]) -> list[Block]:
@@ -372,21 +395,37 @@ def web_page(blocks: list[Block], title: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- plots
 
 
-def _plots(out: Path, rows: list[Row], methods: list[str], protocol: dict) -> list[Block]:
-    if not protocol["plots"]:
+def _plots(out: Path, rows: list[Row], methods: list[str], fast: list[str], run: dict) -> list[Block]:
+    """Each plot of the protocol, of the fast methods; and another one of all methods at the fewer cases of the slow
+    ones."""
+    if not run["protocol"]["plots"]:
         return []
     if importlib.util.find_spec("matplotlib") is None:
         return [f"Plots need matplotlib: {NEEDS_EXTRA}"]
     blocks: list[Block] = [Heading("Plots")]
-    shared = common_cases(rows, [m for m in methods if not protocol["methods"][m]["limit"]] or methods)
-    series = {name: protocol["methods"][name]["series"] for name in shared}
-    for kind in protocol["plots"]:
-        data, caption = PLOTTERS[kind](shared, series)
-        if data:
-            with io.atomic_write(out / f"plot_{kind}.png") as file:
-                file.write(data)
-            blocks.append(Picture(f"plot_{kind}.png", caption))
-    return blocks
+    compared = [("", without_errors(common_cases(rows, fast)))]
+    compared += [("_slow", without_errors(common_cases(rows, methods)))] if fast != methods else []
+    for kind in run["protocol"]["plots"]:
+        for suffix, scored in compared:
+            plot, path = PLOTTERS[kind], f"plot_{kind}{suffix}.png"
+            shown = {name: found for name, of in scored.items() if (found := [row for row in of if plot.shows(row)])}
+            if not shown:
+                continue
+            with io.atomic_write(out / path) as file:
+                file.write(plot.draw(shown, run))
+            number = max(len(of) for of in shown.values())
+            caption = plot.caption + (", with the slow methods: " if suffix else ": ")
+            caption += f"{number} case{'s' * (number > 1)}{' that all methods have' if suffix else ''}"
+            if absent := [name for name in methods if name not in shown]:
+                caption += f", without {'; '.join(absent)}"
+            blocks.append(Picture(path, caption))
+    return blocks if len(blocks) > 1 else []
+
+
+class Plot(NamedTuple):
+    caption: str
+    shows: Callable[[Row], bool]  # whether there is anything to draw of a row
+    draw: Callable[[dict[str, list[Row]], dict], bytes]  # of the rows of each method, in a run
 
 
 def _figure(panels: int = 1):
@@ -406,60 +445,50 @@ def _png(figure, axes) -> bytes:
     return buffer.getvalue()
 
 
-def _against_sigma(shared: dict[str, list[Row]], name: str, label: str, log: bool) -> bytes:
-    levels = sorted({float(r["sigma"]) for rows in shared.values() for r in rows if r["sigma"]})
+def _against_sigma(shown: dict[str, list[Row]], name: str, label: str, scale: str) -> bytes:
     figure, (axes,) = _figure()
-    drawn = False
-    for i, (method, rows) in enumerate(shared.items()):
-        points = [
-            (s, bootstrap_mean(v))
-            for s in levels
-            if (v := per_image([r for r in rows if r["sigma"] == f"{s:g}"], name))
-        ]
-        if points:
-            x, y = [s for s, _ in points], [p.mean for _, p in points]
-            error = np.nan_to_num([[p.mean - p.low for _, p in points], [p.high - p.mean for _, p in points]])
-            axes.errorbar(x, y, error, marker="osD^v<>"[i % 7], capsize=3, label=method)
-            drawn = True
-    if not drawn:
-        return b""
-    axes.set(xlabel="sigma, grey levels", ylabel=label, yscale="log" if log else "linear")
+    for i, (method, rows) in enumerate(shown.items()):
+        x = sorted({float(row["sigma"]) for row in rows})
+        points = [bootstrap_mean(per_image([r for r in rows if float(r["sigma"]) == level], name)) for level in x]
+        error = np.nan_to_num([[p.mean - p.low for p in points], [p.high - p.mean for p in points]])
+        axes.errorbar(x, [p.mean for p in points], error, marker="osD^v<>"[i % 7], capsize=3, label=method)
+    axes.set(xlabel="sigma, grey levels", ylabel=label, yscale=scale)
     axes.grid(alpha=0.3)
     return _png(figure, axes)
 
 
-def _plot_sigma(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
-    return _against_sigma(shared, "psnr_aligned", "PSNR aligned, dB", False), "PSNR over noise level, 95 % intervals"
-
-
-def _plot_kernel(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
-    data = _against_sigma(shared, "kernel_error", "relative kernel error", True)
-    return data, "Relative kernel error over noise level, 95 % intervals"
-
-
-def _plot_time(shared: dict[str, list[Row]], series: dict[str, str]) -> tuple[bytes, str]:
+def _plot_time(shown: dict[str, list[Row]], run: dict) -> bytes:
+    """Time and work as in the tables. Without a GPU it is CPU time: the machine may have been shared."""
+    time = ("seconds", "seconds per image") if run["machine"]["gpu"] else ("cpu_seconds", "CPU seconds per image")
+    series = {method: run["protocol"]["methods"][method]["series"] or method for method in shown}
+    names = list(dict.fromkeys(series.values()))  # of one colour in both panels
     figure, panels = _figure(2)
-    names = list(dict.fromkeys(series[method] or method for method in shared))  # of one colour in both panels
-    for axes, cost, label in zip(
-        panels, ("seconds", "gflop"), ("seconds per image", "GFLOP of the network"), strict=True
-    ):
-        lines: dict[str, list[tuple[float, float, str]]] = {}
-        for method, rows in shared.items():
-            both = [(r[cost], r["psnr_aligned"]) for r in rows if cost in r and "psnr_aligned" in r]
-            if both:
-                point = (statistics.median(c for c, _ in both), statistics.mean(p for _, p in both), method)
-                lines.setdefault(series[method] or method, []).append(point)
+    for axes, (cost, label) in zip(panels, (time, ("gflop", "GFLOP of the network")), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for method, rows in shown.items():
+            if costs := [row[cost] for row in rows if has(row, cost)]:
+                x = statistics.mean(per_image(rows, cost)) if cost == "gflop" else statistics.median(costs)
+                lines.setdefault(series[method], []).append((x, statistics.mean(per_image(rows, "psnr_aligned"))))
         for name, points in lines.items():
-            points.sort()
-            x, y = [p[0] for p in points], [p[1] for p in points]
-            axes.plot(x, y, marker="o", color=f"C{names.index(name) % 10}", label=name)
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", color=f"C{names.index(name) % 10}", label=name)
         if lines:
             axes.set(xlabel=label, ylabel="PSNR aligned, dB", xscale="log")
         axes.grid(alpha=0.3)
-    return _png(figure, panels[0]), "PSNR over time and over work"
+    return _png(figure, panels[0])
 
 
-PLOTTERS = {"sigma": _plot_sigma, "time": _plot_time, "kernel": _plot_kernel}
+PLOTTERS = {
+    "sigma": Plot(
+        "PSNR over noise level, 95 % intervals", lambda row: row["sigma"] != "" and has(row, "psnr_aligned"),
+        lambda shown, run: _against_sigma(shown, "psnr_aligned", "PSNR aligned, dB", "linear"),
+    ),
+    "time": Plot("PSNR over time and over work", lambda row: has(row, "psnr_aligned"), _plot_time),
+    "kernel": Plot(
+        "Relative kernel error over noise level, 95 % intervals",
+        lambda row: row["sigma"] != "" and has(row, "kernel_error"),
+        lambda shown, run: _against_sigma(shown, "kernel_error", "relative kernel error", "log"),
+    ),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ sheets

@@ -411,7 +411,7 @@ class Evaluation:
         except (ValueError, ArithmeticError, MemoryError, torch.OutOfMemoryError) as error:
             if isinstance(error, FastemError) or getattr(error, "code", None):
                 raise
-            row["error"] = " ".join(str(error).split())
+            row["error"] = " ".join(str(error).split()) or type(error).__name__
             return row
         if self._save_all or case.key in self._shown:
             self._keep(case, name, problem, estimate)
