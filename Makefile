@@ -7,7 +7,7 @@
 #   make bench      the benchmarks of a CPU, about an hour; make gpu-bench: those of a GPU, with REFERENCE=path beside the
 #                   released program; both leave JSON in benchmarks/results/ and the table in benchmarks/README.md
 #   make results    DATA=folder of test images (docs/evaluation.md): measures quality anew, writes docs/results.md;
-#                   about three hours of one core; called again, it goes on where it was stopped
+#                   about four hours of one core; called again, it goes on where it was stopped
 #   make lint  make wheel  make clean
 
 PYTHON ?= python3
@@ -74,10 +74,10 @@ bench: $(VENV)/.dev $(VENV)/.native
 # Parts of protocols: the shard of public, images per source; those that are not named are run whole.
 RESULTS ?= build/results
 RESULTS_PUBLIC ?= 1/5
-RESULTS_ROBUST ?= 6
-RESULTS_TABLE1 ?= 4
+RESULTS_ROBUST ?= 8
+RESULTS_TABLE1 ?= 8
 RESULTS_FIG4 ?= 8
-RESULTS_FIG1 ?= 4
+RESULTS_FIG1 ?= 8
 RESULTS_FIG5 ?= 4
 RESULTS_TABLE2 ?= 2
 EVALUATE = $(BIN)/fastem evaluate $(1) --data "$(DATA)" -o $(RESULTS)/$(1)

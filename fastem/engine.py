@@ -68,7 +68,7 @@ CHI2_GOOD = 1.0  # a kernel whose search leaves more residual than this, in unit
 SHARP_WIDTH = 1.8  # pixels (a perfect step has 2): an image with edges as narrow in all directions has no blur to find
 DOUBTFUL_WIDTH = 2.3, 2.0, 29.0  # below max(a, b + c sigma) a kernel has to prove itself: noise widens edges
 PROOF = 0.575  # so far from its restoration, blurred (0), towards its denoising (1) may a photo lie without its noise
-# A kernel with such a peak gains 1 dB at most where it is right, and costs 4 to 8 where it is wrong.
+# A kernel with such a peak gains about 1 dB where it is right, and costs 4 to 8 where it is wrong.
 PEAK, PROOF_OF_PEAK = 0.3, 0.5
 FIRST_AUTO, LARGEST_AUTO = 33, 129  # pixels: kernel sizes between which "auto" starts and ends
 PROBE_RUN = 1000  # the streams of the noise that judges, of which no restoration draws
