@@ -167,7 +167,7 @@ def behind(rows: list[Row], sigma: str) -> Figure | None:
         for edge in ("circular", "valid")
     )
     return average(
-        [circular[key] | {"difference": circular[key]["gain"] - valid[key]["gain"]} for key in circular.keys() & valid],
+        [row | {"difference": row["gain"] - valid[key]["gain"]} for key, row in circular.items() if key in valid],
         "difference",
     )
 

@@ -422,6 +422,9 @@ def _plots(out: Path, rows: list[Row], methods: list[str], fast: list[str], run:
     return blocks if len(blocks) > 1 else []
 
 
+MARKERS = "osD^v<>"  # seven, and ten colours: seventy methods differ
+
+
 class Plot(NamedTuple):
     caption: str
     shows: Callable[[Row], bool]  # whether there is anything to draw of a row
@@ -451,7 +454,7 @@ def _against_sigma(shown: dict[str, list[Row]], name: str, label: str, scale: st
         x = sorted({float(row["sigma"]) for row in rows})
         points = [bootstrap_mean(per_image([r for r in rows if float(r["sigma"]) == level], name)) for level in x]
         error = np.nan_to_num([[p.mean - p.low for p in points], [p.high - p.mean for p in points]])
-        axes.errorbar(x, [p.mean for p in points], error, marker="osD^v<>"[i % 7], capsize=3, label=method)
+        axes.errorbar(x, [p.mean for p in points], error, marker=MARKERS[i % 7], capsize=3, label=method)
     axes.set(xlabel="sigma, grey levels", ylabel=label, yscale=scale)
     axes.grid(alpha=0.3)
     return _png(figure, axes)
@@ -459,9 +462,11 @@ def _against_sigma(shown: dict[str, list[Row]], name: str, label: str, scale: st
 
 def _plot_time(shown: dict[str, list[Row]], run: dict) -> bytes:
     """Time and work as in the tables. Without a GPU it is CPU time: the machine may have been shared."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     time = ("seconds", "seconds per image") if run["machine"]["gpu"] else ("cpu_seconds", "CPU seconds per image")
     series = {method: run["protocol"]["methods"][method]["series"] or method for method in shown}
-    names = list(dict.fromkeys(series.values()))  # of one colour in both panels
+    names = list(dict.fromkeys(series.values()))  # alike in both panels
     figure, panels = _figure(2)
     for axes, (cost, label) in zip(panels, (time, ("gflop", "GFLOP of the network")), strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
@@ -470,9 +475,13 @@ def _plot_time(shown: dict[str, list[Row]], run: dict) -> bytes:
                 x = statistics.mean(per_image(rows, cost)) if cost == "gflop" else statistics.median(costs)
                 lines.setdefault(series[method], []).append((x, statistics.mean(per_image(rows, "psnr_aligned"))))
         for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", color=f"C{names.index(name) % 10}", label=name)
+            i = names.index(name)
+            axes.plot(*zip(*sorted(points), strict=True), MARKERS[i % 7] + "-", color=f"C{i % 10}", label=name)
         if lines:
             axes.set(xlabel=label, ylabel="PSNR aligned, dB", xscale="log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     return _png(figure, panels[0])
 
