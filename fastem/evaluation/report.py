@@ -479,9 +479,10 @@ def _plot_time(shown: dict[str, list[Row]], run: dict) -> bytes:
             axes.plot(*zip(*sorted(points), strict=True), MARKERS[i % 7] + "-", color=f"C{i % 10}", label=name)
         if lines:
             axes.set(xlabel=label, ylabel="PSNR aligned, dB", xscale="log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(axis="x", labelsize=8)
         axes.grid(alpha=0.3)
     return _png(figure, panels[0])
 
