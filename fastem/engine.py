@@ -281,7 +281,7 @@ class Deblurrer:
         device, backend: where and how it runs; see `fastem doctor`.
         precision: of the network's body, `"fp32"`, `"fp16"` or `"bf16"`; `"auto"` is fp16 on a GPU, fp32 on a CPU.
             States, guidance and M-step are float32 always.
-        preset: `"exact"`, or `"turbo"`: fewer steps and rounds, 0.1 to 0.2 dB less and 1.04 times the kernel error on
+        preset: `"exact"`, or `"turbo"`: fewer steps and rounds, 0 to 0.2 dB less and 1.04 times the kernel error on
             test images (docs/architecture.md).
 
     Raises:
