@@ -23,7 +23,7 @@ from fastem import io
 from fastem.evaluation import report
 from fastem.evaluation.cases import KEY, list_cases
 from fastem.evaluation.protocol import Protocol, parse_protocol
-from fastem.evaluation.run import Row, read_rows, read_run, row_files
+from fastem.evaluation.run import Row, read_folder, read_run, row_files
 from fastem.evaluation.statistics import bootstrap_mean
 
 FREE = ("synthetic-sharp-kodak24",)  # Kodak's suite was released for any use; the kernels are drawn here
@@ -261,22 +261,21 @@ def wanted_and_reached(rows: dict[str, list[Row]]) -> list[report.Block]:
 
 def command(folder: Path, data: Path) -> str:
     """What was typed for the rows in a folder, and its images."""
-    run, rows = read_run(folder), read_rows(row_files(folder))
+    run, rows = read_run(folder), read_folder(folder)
     name, table = run["protocol"]["name"], {k: v for k, v in run["protocol"].items() if k != "name"}
     protocol = parse_protocol(table, name)
     found = [re.fullmatch(r"rows\.(\d+)of(\d+)\.csv", file.name) for file in row_files(folder)]
     shards = [(1, 1)] if None in found else [(int(m[1]), int(m[2])) for m in found]
     seen = {tuple(row[k] for k in KEY) for row in rows}
-    limit, finished = given_limit(protocol, data, [(1, 1)], seen)
-    if finished:
-        shards = [(1, 1)]  # they come to the same
-    else:
-        limit, finished = given_limit(protocol, data, shards, seen)
+    for parts in ([(1, 1)], shards):  # all of them come to the same as one
+        limit, finished = given_limit(protocol, data, parts, seen)
+        if finished:
+            break
     methods = [method for method in protocol.methods if method in run["configs"]]
     typed = f"fastem evaluate {name} --data folder -o results/{name}"
     typed += f" --limit {limit}" if limit else ""
     typed += f' --methods "{",".join(methods)}"' if len(methods) < len(protocol.methods) else ""
-    lines = [f"`{typed} --shard {i}/{n}`" if n > 1 else f"`{typed}`" for i, n in shards]
+    lines = [f"`{typed} --shard {i}/{n}`" if n > 1 else f"`{typed}`" for i, n in parts]
     images = sorted({(row["set"], row["image"]) for row in rows})
     sets = Counter(of for of, _ in images)
     told = [f"{count} of {of}" for of, count in sets.items()] if len(images) > NAMED else [image for _, image in images]
@@ -309,8 +308,10 @@ def section(folder: Path, data: Path, images: Path, most_sheets: int) -> list[re
                 kept += [report.Heading(text, 3)] if keep else []
             case report.Picture(path):
                 is_sheet = path.startswith("sheets/")
-                if is_sheet and (sheets == most_sheets or not Path(path).name.startswith(FREE)):
+                if is_sheet and not Path(path).name.startswith(FREE):
                     held_back = True
+                    continue
+                if is_sheet and sheets == most_sheets:
                     continue
                 sheets += is_sheet
                 target = images / f"results_{name}_{Path(path).name}"
@@ -334,7 +335,7 @@ def main(given: list[str] | None = None) -> None:
     images.mkdir(parents=True, exist_ok=True)
     for old in images.glob("results_*.png"):
         old.unlink()
-    rows = {read_run(folder)["protocol"]["name"]: read_rows(row_files(folder)) for folder in args.folders}
+    rows = {read_run(folder)["protocol"]["name"]: read_folder(folder) for folder in args.folders}
     blocks = [INTRODUCTION, *wanted_and_reached(rows)]
     blocks += [block for folder in args.folders for block in section(folder, args.data, images, args.sheets)]
     text = report.markdown([*blocks, report.Heading("How to read this"), report.HOW_TO_READ])

@@ -80,12 +80,11 @@ def wiener(problem: Problem) -> Estimate:
     return Estimate(_image(canvas.crop(x)), problem.kernel)
 
 
-def l0_map(problem: Problem, **search: float) -> Estimate:
+def l0_map(problem: Problem) -> Estimate:
     """Blind deconvolution without a learned prior: an image of few gradients finds the kernel, coarse to fine, on the
-    observation itself (Xu et al. 2011; Pan et al. 2014; Anger et al. 2019); then `hyper_laplacian`. `search` are the
-    constants of `fastem.initial.CoarseToFine`."""
+    observation itself (Xu et al. 2011; Pan et al. 2014; Anger et al. 2019); then `hyper_laplacian`."""
     y, canvas = _on_canvas(problem)
-    k = CoarseToFine(**search)(y, problem.kernel_size, None if canvas.periodic else canvas)
+    k = CoarseToFine()(y, problem.kernel_size, None if canvas.periodic else canvas)
     return Estimate(_image(canvas.crop(hyper_laplacian(y, k, problem.sigma))), k[0, 0].numpy())
 
 

@@ -490,6 +490,25 @@ def test_the_command_is_that_of_the_run(tmp_path, pictures):
     assert command(ended, pictures) == f"{typed}`: {everything} The run is not finished, or its pictures changed since."
 
 
+def test_pictures_that_may_not_be_passed_on_stay_where_they_are(tmp_path, pictures):
+    folder = evaluated(tmp_path / "a", pictures)
+    (folder / "pictures" / "input").mkdir(parents=True)
+
+    def section(most: int = 2) -> tuple[int, bool]:
+        blocks = script("results").section(folder, pictures, tmp_path, most)
+        return sum("sheets" not in b.path for b in blocks if hasattr(b, "caption")), "passed on" in str(blocks[-1])
+
+    assert section() == (0, False)  # there are none
+    for name in ("synthetic-sharp-other.png", "synthetic-sharp-kodak24-a.png", "synthetic-sharp-kodak24-b.png"):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "pictures" / "input" / name)
+        found = section()
+        assert found == ((0, True) if "other" in name else (int("-b" in name) + 1, False))
+    assert section(1) == (1, False)
+    assert [file.name for file in sorted(tmp_path.glob("results_*"))] == [
+        "results_fig5_synthetic-sharp-kodak24-a.png", "results_fig5_synthetic-sharp-kodak24-b.png",
+    ]  # fmt: skip
+
+
 def test_results_begin_with_what_is_wanted_and_keep_the_main_tables(tmp_path, pictures):
     folder, out = evaluated(tmp_path / "a", pictures), tmp_path / "docs" / "results.md"
     script("results").main([str(folder), "--data", str(pictures), "-o", str(out)])

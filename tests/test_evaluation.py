@@ -262,6 +262,21 @@ def test_errors_are_tried_again(fastem, tiny, data, tmp_path, monkeypatch):
     assert len(rows) == 16 and not any("error" in row for row in rows)
 
 
+def test_errors_of_a_shard_are_tried_again_by_any(data, tiny, prior, tmp_path, monkeypatch):
+    protocol, given = load_protocol(str(tiny)), {"limit": 1, "methods": ["wiener"], "prior": str(prior)}
+    with monkeypatch.context() as broken:
+        broken.setitem(BASELINES, "wiener", lambda problem: 1 / 0)
+        run = Evaluation(protocol, data, tmp_path / "out", shard=(1, 2), **given)
+        assert len(list(run.run())) == run.errors == run.left == 4
+    run = Evaluation(protocol, data, tmp_path / "out", **given)
+    assert (run.errors, run.left) == (4, 8) and len(list(run.run())) == 8 and (run.errors, run.left) == (0, 0)
+    assert len(row_files(tmp_path / "out")) == 2 and len(read_rows(row_files(tmp_path / "out"))) == 12
+    write_report(tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["groups"]["all cases"]["wiener"]
+    assert (figures["cases"], figures["errors"]) == (8, 0)
+    assert "8 rows" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_other_pictures_are_noticed(fastem, tiny, data, tmp_path):
     given = ("-o", "out", "--methods", "wiener")
     assert fastem("evaluate", tiny, *given, "--data", data, "--limit", 1)[0] == 0
@@ -389,8 +404,8 @@ def test_a_changed_run_is_refused_in_one_line(fastem, tiny, data, prior, tmp_pat
         (TINY.replace("figures.blind", "figure.blind"), "[paper]: unknown key 'figure'; allowed are figures, setup"),
         (TINY.replace('title = "Tiny"', "title = 3"), "title is 3; allowed is text"),
         (TINY.replace("sheets = 1", "sheets = true"), "sheets is True; allowed is a whole number"),
-        (TINY.replace("sigma = [5, 10]", "sigma = 5"), "'synthetic': sigma is 5; allowed is a list, of a number"),
-        (TINY.replace('["sharp"]', '"sharp"'), "images is 'sharp'; allowed is a list, of text"),
+        (TINY.replace("sigma = [5, 10]", "sigma = 5"), "'synthetic': sigma is 5; allowed is a list, each a number"),
+        (TINY.replace('["sharp"]', '"sharp"'), "images is 'sharp'; allowed is a list, each text"),
         (TINY.replace("size = 5", "size = [5]"), "size is [5]; allowed is a whole number"),
         (TINY.replace("sigma = [5, 10]", "sigma = []"), "number 1 of 'tiny' comes to nothing: no images in "),
         (TINY.replace('"valid"', '"open"'), "unknown boundary 'open'; allowed are circular, valid"),
@@ -399,6 +414,8 @@ def test_a_changed_run_is_refused_in_one_line(fastem, tiny, data, prior, tmp_pat
         ("methods = 3\n[[cases]]\nsource = 'x'", "needs one [methods.NAME] or more"),
         (TINY.replace('kind = "wiener"', 'kind = "wiener"\noptions = { power = 2 }'),
          "method 'wiener', options: unknown key 'power'; allowed are none"),
+        (TINY.replace('kind = "wiener"', 'kind = "deep-prior"\noptions = { width = "x" }'),
+         "method 'wiener', options: width is 'x'; allowed is a whole number"),
     ],
 )
 def test_bad_protocols(fastem, tiny, data, prior, text, message):

@@ -61,9 +61,7 @@ def evaluate(
     if set_plugin and not save_images and not report_only:
         raise typer.BadParameter("--set-plugin measures every restored image; keep them with --save-images")
     if report_only:
-        if set_plugin:
-            evaluation.measure_sets(out, tuple(set_plugin))
-        print(evaluation.write_report(out))
+        _publish(out, set_plugin)
         return
     if not protocol:
         raise typer.BadParameter(f"name a protocol: {', '.join(evaluation.names())}, or a .toml file")
@@ -81,12 +79,19 @@ def evaluate(
             done += 1
             bar(row["method"], done, total)
             print(json.dumps({"event": "row"} | row) if progress == "json" else _line(row), flush=True)
-    if set_plugin:
-        evaluation.measure_sets(out, tuple(set_plugin))
-    print(evaluation.write_report(out))
+    _publish(out, set_plugin)
     if run.errors:
         console.tell("errors", f"{run.errors} of {total} rows ended with an error", "The same command tries them again")
         raise typer.Exit(console.ExitCode.SOME_FAILED)
+
+
+def _publish(out: Path, set_plugin: list[str]) -> None:
+    """The metrics of whole sets that are asked for, and the report."""
+    from fastem import evaluation
+
+    if set_plugin:
+        evaluation.measure_sets(out, tuple(set_plugin))
+    print(evaluation.write_report(out))
 
 
 def _line(row: dict) -> str:

@@ -189,7 +189,7 @@ def gopro_pairs(data: Path, folder: str = "gopro_pairs", size: int = 33, crop: i
 
 @named
 def _load_pair(file: Path, sharp: Path, kernel: Path | None, size: int | None, number: int, crop: int) -> Problem:
-    x, y = _centre(named(_pixels)(sharp), crop), _centre(_pixels(file), crop)
+    x, y = _centre(_pixels(sharp), crop), _centre(_pixels(file), crop)
     if x.shape != y.shape:
         raise ValueError(f"has {y.shape[1]} x {y.shape[0]} pixels, and {sharp.name} {x.shape[1]} x {x.shape[0]}")
     if kernel is None:
@@ -258,6 +258,7 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in io.IMAGE_SUFFIXES)
 
 
+@named
 def _pixels(file: Path) -> np.ndarray:
     return _unit(io.read_image(file))
 

@@ -149,8 +149,10 @@ def parse_protocol(table: Mapping[str, Any], name: str) -> Protocol:
         parsed[key] = method = Method(**entry)
         if method.kind not in KINDS:
             raise ProtocolError(f"{about}: unknown kind {method.kind!r}; allowed are {', '.join(KINDS)}")
-        if not method.has_engine and method.kind != "l0-map":  # that passes them on
-            _known_keys(method.options, set(settings_of(BASELINES[method.kind])), f"{about}, options")
+        if not method.has_engine:
+            settings = settings_of(BASELINES[method.kind])
+            _known_keys(method.options, set(settings), f"{about}, options")
+            check_types(method.options, settings, f"{about}, options")
     reference = table.get("reference", next(iter(parsed)))
     if reference not in parsed:
         raise ProtocolError(f"{where}: the reference {reference!r} is none of its methods {', '.join(parsed)}")
@@ -192,4 +194,4 @@ def check_types(table: Mapping[str, Any], annotations: Mapping[str, str], where:
         values = value if of and isinstance(value, list) else [value]
         fits = all(isinstance(v, kind) and (kind is bool or not isinstance(v, bool)) for v in values)
         if not fits or bool(of) != isinstance(value, list):
-            raise ProtocolError(f"{where}: {key} is {value!r}; allowed is {'a list, of ' * bool(of)}{what}")
+            raise ProtocolError(f"{where}: {key} is {value!r}; allowed is {'a list, each ' * bool(of)}{what}")

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from fastem import io
 from fastem.evaluation.protocol import PAPER_FIGURES
-from fastem.evaluation.run import COLUMNS, KEY, TEXTS, Row, read_rows, read_run, row_files, slug
+from fastem.evaluation.run import COLUMNS, KEY, MOST_SHEETS, TEXTS, Row, read_folder, read_run, slug
 from fastem.evaluation.statistics import bootstrap_mean, paired
 
 NEEDS_EXTRA = "pip install fastem[eval]"
@@ -245,7 +245,7 @@ def build_report(out: Path) -> tuple[list[Block], dict[str, Any]]:
         ProtocolError: if the folder holds no evaluation.
         ValueError: if rows of one case belong to different observations.
     """
-    run, rows = read_run(out), read_rows(row_files(out))
+    run, rows = read_run(out), read_folder(out)
     protocol = run["protocol"]
     methods = [name for name in protocol["methods"] if any(row["method"] == name for row in rows)]
     blocks: list[Block] = [Heading(protocol["title"], 1)]
@@ -535,9 +535,6 @@ def _sheets(out: Path, rows: list[Row], methods: list[str]) -> list[Block]:
             target.write(buffer.getvalue())
         blocks.append(Picture(f"sheets/{stem}.png", stem))
     return blocks if len(blocks) > 1 else []
-
-
-MOST_SHEETS = 64
 
 
 def _panel(out: Path, label: str, stem: str, caption: str) -> Image.Image | None:

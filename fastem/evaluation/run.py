@@ -336,9 +336,7 @@ class Evaluation:
         self._file = self.out / ("rows.csv" if shard == (1, 1) else f"rows.{shard[0]}of{shard[1]}.csv")
         self._check_folder(plugins)
         self._mine = {row_key(row): row for row in read_rows([self._file])}
-        self._done = {row_key(row): row for row in read_rows(row_files(self.out))}
-        for key in [key for key, row in self._mine.items() if "error" in row]:
-            del self._done[key]  # tried again; until then its row stays
+        self._rows = {row_key(row): row for row in read_folder(self.out)}
         self._written = time.monotonic()
 
     @property
@@ -347,13 +345,12 @@ class Evaluation:
 
     @property
     def left(self) -> int:
-        return sum((name, *case.key) not in self._done for case, name in self._tasks())
+        return sum(not self._is_done(case, name) for case, name in self._tasks())
 
     @property
     def errors(self) -> int:
-        """Rows that ended with an error and were not run again since, of this run or of one before."""
-        rows = self._done | self._mine
-        return sum("error" in rows.get((name, *case.key), {}) for case, name in self._tasks())
+        """Rows that end with an error, of this run or of one before."""
+        return sum("error" in self._rows.get((name, *case.key), {}) for case, name in self._tasks())
 
     def run(self) -> Iterator[Row]:
         """Runs what is missing or ended with an error, and yields its rows; what was done before is not run again.
@@ -361,25 +358,29 @@ class Evaluation:
         Raises:
             ProtocolError: if the pictures are not those of the rows that are there.
         """
-        problem, at, found = None, None, False
+        tasks = self._tasks()
+        if (before := next((case for case, name in tasks if self._is_done(case, name)), None)) is not None:
+            self._check_observation(before, before.load())
+        problem, at = None, None
         try:
-            for case, name in self._tasks():
-                key = (name, *case.key)
-                if key in self._done and at is not None:
+            for case, name in tasks:
+                if self._is_done(case, name):
                     continue
                 if at is not case:
                     problem, at = case.load(), case
                     self._check_observation(case, problem)
-                if key in self._done:
-                    continue  # the first case was loaded to see whether its pictures are the same
                 row = self._one(case, name, problem)
-                self._mine[key], found = row, True
+                self._mine[row_key(row)] = self._rows[row_key(row)] = row
                 if time.monotonic() - self._written > FLUSH_SECONDS:
                     self._flush()
                 yield row
         finally:
-            if found:
+            if at is not None:
                 self._flush()
+
+    def _is_done(self, case: Case, name: str) -> bool:
+        row = self._rows.get((name, *case.key))
+        return row is not None and "error" not in row
 
     def _tasks(self) -> list[tuple[Case, str]]:
         return [
@@ -390,14 +391,14 @@ class Evaluation:
         ]
 
     def _check_observation(self, case: Case, problem: Problem) -> None:
-        for name in self.protocol.methods:
-            row = self._done.get((name, *case.key), {})
-            if row.get("observation", now := checksum(problem.y)) != now:
-                raise ProtocolError(
-                    f"{io.shown(self.out)} holds results of other pictures or kernels of the same names "
-                    f"({case.image}, {case.kernel})",
-                    "Choose another folder with -o",
-                )
+        now = checksum(problem.y)
+        rows = (self._rows.get((name, *case.key)) for name in self.protocol.methods)
+        if any(row is not None and row["observation"] != now for row in rows):
+            raise ProtocolError(
+                f"{io.shown(self.out)} holds results of other pictures or kernels of the same names "
+                f"({case.image}, {case.kernel})",
+                "Choose another folder with -o",
+            )
 
     def _one(self, case: Case, name: str, problem: Problem) -> Row:
         row: Row = dict(zip(ROW_KEY, (name, *case.key), strict=True))
@@ -536,6 +537,16 @@ def read_rows(files: list[Path]) -> list[Row]:
     return rows
 
 
+def read_folder(out: Path) -> list[Row]:
+    """The rows of all shards. Of one that was run again by another shard the last counts, which is no error if any of
+    them is none."""
+    rows: dict[tuple[str, ...], Row] = {}
+    for row in read_rows(row_files(out)):
+        if "error" in rows.setdefault(row_key(row), row):
+            rows[row_key(row)] = row
+    return list(rows.values())
+
+
 def write_rows(file: Path, rows: list[Row]) -> None:
     """The whole file at once, or nothing: a run that is ended leaves no half row."""
     extra = sorted({name for row in rows for name in row} - set(COLUMNS))
@@ -595,7 +606,7 @@ def measure_sets(out: Path, plugins: tuple[str, ...]) -> None:
     known = [name for name in read_run(out)["protocol"]["methods"] if (folder / slug(name)).is_dir()]
     if not known:
         raise ProtocolError(f"{io.shown(out)} holds no pictures to measure", "Run with --save-images")
-    restored = Counter(row["method"] for row in read_rows(row_files(out)) if "error" not in row)
+    restored = Counter(row["method"] for row in read_folder(out) if "error" not in row)
     for name in known:
         if (kept := len(list((folder / slug(name)).iterdir()))) < restored[name]:
             raise ProtocolError(
